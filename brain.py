@@ -113,8 +113,9 @@ def self_normalized_kl(alpha_hat, beta_hat):
     0 log 0 = 0: an output without posterior weight costs nothing, however unlikely the policy finds it.
     Infinite where beta_hat is 0 and alpha_hat is not.
     """
-    counts = alpha_hat > 0  # masked before the logarithm: 0 * -inf and its gradient are nan
-    return (alpha_hat * torch.where(counts, alpha_hat / beta_hat, 1.0).log()).sum(-1)
+    counts = alpha_hat > 0  # masked before the logarithms: 0 * -inf and its gradient are nan
+    log_alpha, log_beta = (torch.where(counts, weights, 1.0).log() for weights in (alpha_hat, beta_hat))
+    return (alpha_hat * (log_alpha - log_beta)).sum(-1)
 
 
 def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
@@ -270,7 +271,7 @@ class Policy:
     tokenizer            says which ids exist: GPT-J has 50400 logits and 50257 tokens, the rest is never drawn
     lora_rank            0: all weights of `model` are trained, and p is a frozen copy of it. Else q_theta is a
                          LoRA adapter, and p the same weights with the adapter off. If `model` has an adapter
-                         already, p keeps it and q_theta is a second one of its shape, started from it.
+                         already, p keeps it and q_theta is a second one, a copy of it: of its rank and alpha.
     lora_alpha           LoRA's scale is lora_alpha / lora_rank
     outputs_per_forward  how many outputs go through the model at once; None: all n. Bounds memory, changes
                          no result.
@@ -289,27 +290,24 @@ class Policy:
             self.model = (model.merge_and_unload() if has_adapter else model).requires_grad_(True)
             self.prior_model = copy.deepcopy(self.model).requires_grad_(False).eval()
         elif has_adapter:
-            self.model = self._second_adapter(model, lora_rank, lora_alpha)
+            self.model = self._second_adapter(model)
         else:
             self.model = add_adapter(model, lora_rank, lora_alpha)
         self.model.eval()
         base = self.model.get_base_model() if lora_rank else self.model
         accepted = inspect.signature(base.forward).parameters
         self._takes_positions, self._takes_keep = "position_ids" in accepted, "logits_to_keep" in accepted
-        self.device, self.config = base.device, base.config.get_text_config(decoder=True)
+        self.device = base.device
         # A chat model may end with several tokens: the tokenizer's and those of the generation config, together.
         ends = {tokenizer.eos_token_id}.union(np.atleast_1d(getattr(base.generation_config, "eos_token_id", None)).tolist()) - {None}
-        self.end_ids = torch.tensor(sorted(ends), dtype=torch.long, device=self.device)
+        self.ends = torch.tensor(sorted(ends), dtype=torch.long)
         self._known = torch.tensor(sorted(set(tokenizer.get_vocab().values())), dtype=torch.long)
         self._told = False
 
-    def _second_adapter(self, model, lora_rank, lora_alpha):
+    def _second_adapter(self, model):
         """q_theta as a copy of the prior's adapter, so that q_theta = p at step 0."""
         self.prior_adapter, self.adapter = model.active_adapter, "policy"
         config = copy.deepcopy(model.peft_config[self.prior_adapter])
-        if (config.r, config.lora_alpha) != (lora_rank, lora_alpha):
-            raise ValueError(f"the prior's adapter has rank {config.r} and alpha {config.lora_alpha}: the policy starts as a copy of it, "
-                             f"so it cannot have rank {lora_rank} and alpha {lora_alpha}")  # fmt: skip
         config.inference_mode, config.lora_dropout = False, 0.0
         model.add_adapter("policy", config)
         weights = dict(model.named_parameters())
@@ -382,7 +380,7 @@ class Policy:
             return output.logits[:, -1], cache
         if not self._told:
             self._told = True
-            print(f"brain: {type(model).__name__} keeps a state that outputs cannot share; each is computed whole: right, but slower", file=sys.stderr)
+            print(f"brain: {type(model).__name__} keeps a state that outputs cannot share: each is computed whole, slowly", file=sys.stderr)
         return output.logits[:, -1], None
 
     # ---- scoring
@@ -430,12 +428,14 @@ class Policy:
         """Like log_prob without gradient, for B prompts with one output each. -> (B,). What evaluation needs."""
         ids, mask = pad_left(prompts, self.device)
         targets, real = pad_right(outputs, self.device)
+        whole = torch.cat([ids, targets[:, :-1]], 1)
+        if mask is not None:
+            mask = F.pad(mask, (0, targets.shape[1] - 1), value=1)
         with self._weights(prior) as model:
-            whole = torch.cat([ids, targets[:, :-1]], 1)
-            if mask is not None:
-                mask = torch.cat([mask, mask.new_ones(targets[:, :-1].shape)], 1)
             logits = self._forward(model, whole, targets.shape[1], mask, use_cache=False).logits
-            return torch.where(real, self._token_log_probs(logits, targets), 0.0).sum(-1)
+        if logits.isnan().any() and mask is not None:  # see sample_batch
+            return torch.cat([self.log_prob_batch([x], [y], prior) for x, y in zip(prompts, outputs)])
+        return torch.where(real, self._token_log_probs(logits, targets), 0.0).sum(-1)
 
     # ---- sampling
 
@@ -448,7 +448,6 @@ class Policy:
         """
         return self.sample_batch([prompt_ids], n, max_new_tokens, prior, [generator], greedy)[0][0]
 
-    @torch.no_grad()
     def sample_batch(self, prompts, n, max_new_tokens, prior=False, generators=None, greedy=False):
         """As `sample`, for B prompts at once. -> (list of B lists of n outputs, their log-probabilities (B, n))
 
@@ -457,21 +456,30 @@ class Policy:
         """
         # One uniform number for each token to come, drawn beforehand: what a row draws does not depend on
         # the rows beside it, on chunks, or on which of them have ended.
-        uniform = [torch.rand(n, max_new_tokens, dtype=torch.float64, generator=g) for g in generators or [None] * len(prompts)]
-        uniform = torch.cat(uniform).to(self.device)  # (B n, T)
+        generators = generators or [None] * len(prompts)
+        uniform = [torch.rand(n, max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
+        outputs, log_prob = self._sample(prompts, torch.stack(uniform).to(self.device), prior, greedy)
+        return [outputs[i : i + n] for i in range(0, len(outputs), n)], log_prob.reshape(-1, n)
+
+    @torch.no_grad()
+    def _sample(self, prompts, uniform, prior, greedy):
+        """B prompts and random numbers (B, n, T) -> (B n outputs, their log-probabilities (B n,))."""
         ids, mask = pad_left(prompts, self.device)
-        outputs, log_prob = [], []
+        n, (outputs, log_prob) = uniform.shape[1], ([], [])
         with self._weights(prior) as model:
             logits, cache = self._prefill(model, ids, mask)
-            if cache is None and mask is not None:  # a recurrent state would run over the padding
-                alone = [self.sample_batch([p], n, max_new_tokens, prior, [g], greedy) for p, g in zip(prompts, generators or [None] * len(prompts))]
-                return [o[0] for o, _ in alone], torch.cat([log_prob for _, log_prob in alone])
-            for rows in torch.arange(len(uniform), device=self.device).split(self.outputs_per_forward or len(uniform)):
-                state = (ids[rows // n], logits[rows // n], mask if mask is None else mask[rows // n], cache and share(cache, rows // n))
-                some, sums = self._continue(model, *state, uniform[rows], greedy)
+            # A recurrent state would run over the padding; and some attention code in float64 makes nan of a
+            # row that is padding alone. Then prompts go one by one.
+            if mask is not None and (cache is None or logits.isnan().any()):
+                parts = [self._sample([prompt], u[None], prior, greedy) for prompt, u in zip(prompts, uniform)]
+                return [output for some, _ in parts for output in some], torch.cat([sums for _, sums in parts])
+            for rows in torch.arange(len(prompts) * n, device=self.device).split(self.outputs_per_forward or len(prompts) * n):
+                of = rows // n  # each output's prompt
+                state = ids[of], logits[of], None if mask is None else mask[of], cache and share(cache, of)
+                some, sums = self._continue(model, *state, uniform.flatten(0, 1)[rows], greedy)
                 outputs += some
                 log_prob.append(sums)
-        return [outputs[i : i + n] for i in range(0, len(outputs), n)], torch.cat(log_prob).reshape(-1, n)
+        return outputs, torch.cat(log_prob)
 
     def _continue(self, model, prompts, logits, mask, cache, uniform, greedy):
         """Draw R outputs token by token from next-token logits (R, V); rows that have ended leave the batch."""
@@ -487,7 +495,7 @@ class Policy:
                 token = torch.searchsorted(cumulative, uniform[rows, t, None] * cumulative[:, -1:], right=True)[:, 0]
             drawn[rows, t] = token
             log_prob[rows] += self._token_log_probs(logits, token)
-            going = ~torch.isin(token, self.end_ids)
+            going = ~torch.isin(token, self.ends.to(self.device))
             if not going.any() or t + 1 == drawn.shape[1]:
                 break
             if not going.all():
@@ -506,7 +514,7 @@ class Policy:
 
     def ended(self, output):
         """Whether an output ended by itself, rather than being cut."""
-        return bool(torch.isin(output[-1].to(self.device), self.end_ids))
+        return int(output[-1]) in self.ends
 
     def text(self, prompt_ids, output):
         """What an output adds to its prompt, as text, without its end token.
@@ -589,9 +597,11 @@ class Samples:
     alpha_hat: torch.Tensor  # (n,)
 
 
+CACHED = ("reward", "log_p", "log_q_proposal", "alpha_hat")
+
 # One stream of random numbers per purpose. All randomness of a run is drawn from (seed, purpose, indices):
 # there is no state to save, and nothing depends on the number of processes or on where a run was resumed.
-PROMPTS, OUTPUTS, BATCHES, HELD_OUT, EVALUATION, SPLITS = range(6)
+PROMPTS, OUTPUTS, BATCHES, HELD_OUT, EVALUATION = range(5)
 
 
 def seeded(*numbers):
@@ -614,34 +624,37 @@ def train(policy, reward, data, settings, run):
     settings  Settings: e, m, n, k in words
     run       Run: keeps D_t, the metrics and checkpoints, so that a killed run goes on where it was
     """
-    method = METHODS[settings.method]
     optimizer = torch.optim.AdamW(  # departure 3
-        policy.parameters().values(), lr=settings.learning_rate, betas=(settings.adam_beta1, settings.adam_beta2), weight_decay=settings.weight_decay
+        policy.parameters().values(),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
     )
-    step, buffer = run.restore(policy, optimizer, data)  # line 2: nothing yet, in a new run
-    last = settings.iterations * settings.updates_per_iteration
+    step, buffer = run.restore(policy, optimizer, data)  # line 2: 0 and D_0 = {} in a new run
+    k, last = settings.updates_per_iteration, settings.updates_per_iteration * settings.iterations
     for t in range(1, settings.iterations + 1):  # line 3
         rows = random_subset(len(data), settings.prompts_per_iteration, settings.seed, PROMPTS, t)  # line 4: S_t
-        rows = rows[sum(samples.iteration == t for samples in buffer) :]  # those that a killed run has left
-        for samples in run.shared_out(rows, lambda row: collect(policy, reward, data[row], t, settings), f"round {t}: sampling"):  # line 5
+        rows = rows[sum(samples.iteration == t for samples in buffer) :]  # what a killed run has left of them
+        sample = functools.partial(collect, policy, reward, data, t, settings)
+        for samples in run.shared_out(rows, sample, f"round {t}, sampling"):  # lines 5 to 11
             run.keep(samples, data[samples.row].prompt)
-            buffer.append(samples)  # line 12
-        run.warn_about_samples([samples for samples in buffer if samples.iteration == t and rows], policy)
-        for step in run.progress(range(step + 1, t * settings.updates_per_iteration + 1), f"round {t}: updates"):  # line 13
-            batch = [buffer[i] for i in random_subset(len(buffer), settings.batch_size, settings.seed, BATCHES, step)]  # line 14
-            metrics = update(policy, optimizer, batch, method, run)
-            run.log({"step": step, **metrics})
+            buffer.append(samples)  # line 12: D_t keeps the samples of all rounds
+        run.look_at([samples for samples in buffer if samples.iteration == t], policy)
+        for step in run.progress(range(step + 1, t * k + 1), f"round {t}, updates"):  # line 13
+            chosen = random_subset(len(buffer), settings.batch_size, settings.seed, BATCHES, step)
+            metrics = update(policy, optimizer, [buffer[i] for i in chosen], METHODS[settings.method], run)  # 14 to 19
+            run.log({"step": step} | metrics)
             if step % settings.eval_every == 0 or step == last:
                 run.evaluate(policy, step)
-            if step % settings.eval_every == 0 or step == t * settings.updates_per_iteration:
+            if step % settings.eval_every == 0 or step == t * k:
                 run.save_checkpoint(policy, optimizer, step)
-        # Line 21, q' <- q_theta, is what collect does in the next round: it samples from the q_theta of that time.
+        # Line 21, q' <- q_theta, needs no line: `collect` samples from q_theta as it stands in the next round.
 
 
-def collect(policy, reward, example, t, settings):
+def collect(policy, reward, data, t, settings, row):
     """Lines 6 to 10 for one prompt x: draw its outputs, cache log q', log p, r and alpha_hat. -> Samples"""
-    method, n = METHODS[settings.method], settings.samples_per_prompt
-    generator = seeded(settings.seed, OUTPUTS, t, example.row)
+    method, n, example = METHODS[settings.method], settings.samples_per_prompt, data[row]
+    generator = seeded(settings.seed, OUTPUTS, t, row)
     fixed = method.source != "policy"  # q' = p, as the methods other than BRAIn have it
     if method.source == "data":
         outputs = example.pair
@@ -658,7 +671,7 @@ def collect(policy, reward, example, t, settings):
         log_q_proposal = log_p if fixed else policy.log_prob(example.ids, outputs).cpu()
     rewards = rewards.to(log_p)
     alpha_hat = method.weights(log_p, log_q_proposal, log_goodness(rewards, settings.goodness))  # line 9, departure 1
-    return Samples(t, example.row, example.ids, outputs, texts, rewards, log_p, log_q_proposal, alpha_hat)
+    return Samples(t, row, example.ids, outputs, texts, rewards, log_p, log_q_proposal, alpha_hat)
 
 
 def update(policy, optimizer, batch, method, run):
@@ -691,10 +704,10 @@ def update(policy, optimizer, batch, method, run):
         }
         lines.append({name: float(value) for name, value in line.items()})
     lines = run.gather(lines)
-    metrics = {name: float((np.max if name == "max_weight" else np.mean)([line[name] for line in lines])) for name in lines[0]}
-    run.average_gradients(policy)
-    if not all(map(math.isfinite, metrics.values())) or not all(p.grad is None or p.grad.isfinite().all() for p in policy.parameters().values()):
-        run.stop_on_nonfinite(metrics, batch)  # before the weights are touched
+    metrics = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
+    metrics["max_weight"] = max(line["max_weight"] for line in lines)
+    run.add_gradients(policy)
+    run.stop_if_not_finite(metrics, batch, policy)
     optimizer.step()  # line 19
     return metrics
 
@@ -704,204 +717,236 @@ def update(policy, optimizer, batch, method, run):
 
 
 class UserError(Exception):
-    """Something that the user can mend: printed in a line, exit code 2."""
+    """Something that the user can mend: printed in one line, exit code 2, nothing touched."""
 
 
 def refuse(message):
     raise UserError(message)
 
 
-def fill(template, prompt, output):
-    """`{prompt}` and `{output}` of a template, in one pass: .format would reach attributes ({prompt.__class__}),
-    and a chain of .replace would mangle a prompt that contains "{output}"."""
-    pieces = re.split(r"\{(prompt|output)\}", template)  # text, name, text, name, .., text
-    return "".join({"prompt": prompt, "output": output}[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+def first_line(error):
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+def find(name, *files):
+    """Path of the first of these files in a directory or hub repository, or None. Downloads no other."""
+    from transformers.utils import cached_file
+
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    try:
+        return next((path for path in (cached_file(name, file, **quiet) for file in files) if path), None)
+    except OSError:  # no such directory or repository: said by what loads it
+        return None
+
+
+def load(kind, name, flag_name, **arguments):
+    """kind.from_pretrained(name). What is missing or does not fit ends in one line; code of a checkpoint never runs.
+
+    Weights that a checkpoint lacks are refused: transformers fills them with random numbers, and a reward
+    model with a random head trains without complaint.
+    """
+    if kind.__name__.startswith("AutoModel"):
+        arguments["output_loading_info"] = True
+    try:
+        loaded = kind.from_pretrained(name, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        refuse(f"{flag_name} {name}: cannot be loaded ({first_line(error)}); give a directory or a hub name")
+    if isinstance(loaded, tuple):
+        loaded, info = loaded
+        lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+        if lacking:
+            refuse(f"{flag_name} {name}: does not have the weights of {type(loaded).__name__}: {lacking[0]} and {len(lacking) - 1} more")
+    return loaded
+
+
+def load_tokenizer(name, fallback, flag_name):
+    """The tokenizer of a model, or `fallback` where it has none: fine-tunes of GPT-J often come without."""
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
+    place = name if find(name, *files) or fallback is None else fallback
+    if not find(place, *files):
+        refuse(f"{flag_name} {place}: no tokenizer found there; name one with --tokenizer")
+    tokenizer = load(AutoTokenizer, place, flag_name)
+    if tokenizer.eos_token_id is None:
+        refuse(f"{flag_name} {place}: its tokenizer has no end token, so no output could end; set eos_token there")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def encode(tokenizer, text):
-    """Token ids of a text, with the beginning-of-sequence token that this tokenizer is used to, and no end token.
+    """Token ids of a text, with the beginning token that this tokenizer puts before texts, and no end token.
 
-    A chat template has written that token already: it is not doubled. An end token after a prompt ends the
-    conversation, and after a text it moves "the last token", where a reward model is read.
+    Text from a chat template brings its beginning token along: it is not doubled. An end token behind a prompt
+    would end it, and behind a text it would move "the last token", where a reward model is read.
     """
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a").input_ids[0] == bos and ids[:1] != [bos]:
+    ids, bos = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.bos_token_id
+    if bos is not None and ids[:1] != [bos] and tokenizer("a").input_ids[0] == bos:
         ids = [bos] + ids
     return ids
 
 
+def fill(template, prompt, output):
+    """`{prompt}` and `{output}` of a template in one pass: .format would reach attributes ({prompt.__class__}), and
+    one .replace after another would mangle a prompt that contains "{output}"."""
+    pieces = re.split(r"\{(prompt|output)\}", template)  # text, name, text, name, ..., text
+    return "".join({"prompt": prompt, "output": output}[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
 class RewardModel:
-    """A sequence-classification model with one label: r(x, y) is its score at the last token of a filled template.
+    """r(x, y) as the score of a sequence classifier with one label, at the last token of a filled template.
 
     model      a transformers *ForSequenceClassification
-    template   text with {prompt} and {output}; the default joins them. A prompt that is a list of messages goes
-               through the tokenizer's chat template instead, the output as the assistant's message.
+    template   text with {prompt} and {output}, by default one behind the other. Where the prompt is a list of
+               messages, the chat template of this model's tokenizer takes its place, the output as a reply.
     """
 
     def __init__(self, model, tokenizer, template=None):
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template or "{prompt}{output}"
-        config = model.config.get_text_config(decoder=True)
-        self.context = getattr(config, "max_position_embeddings", None) or math.inf
-        self.head = getattr(model, "score", None)  # decoders have it; encoders such as BERT read their own pooled token
-        self._told = False
+        self.head = getattr(model, "score", None)  # decoders have it; encoders such as BERT pool in their own way
+        self.context = context_of(model.config)
 
     @classmethod
     def from_pretrained(cls, name, base=None, template=None, tokenizer=None, dtype=torch.float32, device="cpu"):
-        """A directory or hub name with config and tokenizer, or a bare checkpoint (one .bin or .pt file): then
-        `base` names the model that gives both. `tokenizer` is for a model that has none. UserError if it does not fit."""
+        """From a directory or hub name; or from a bare checkpoint, weights alone, with config and tokenizer of `base`.
+
+        `tokenizer` is used where the model (or base) has none. UserError says what does not fit.
+        """
         from transformers import AutoConfig, AutoModelForSequenceClassification
 
-        path = bare_checkpoint(name)
-        if path is None:
+        bare = bare_checkpoint(name)
+        if bare is None:
             model = load(AutoModelForSequenceClassification, name, "--reward-model", dtype=dtype)
             if model.config.num_labels != 1:
                 refuse(f"--reward-model {name}: has {model.config.num_labels} labels; a reward model has one")
         else:
             if base is None:
-                refuse(f"--reward-model {name}: is weights alone, without config and tokenizer; name the model it was trained from with --reward-base")
+                refuse(f"--reward-model {name}: is weights alone; name the model it was trained from with --reward-base")
             config = load(AutoConfig, base, "--reward-base", num_labels=1)
             with torch.device("meta"):
-                model = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
-            fill_weights(model, path, dtype)
-        model.config.pad_token_id = model.config.pad_token_id or 0
-        return cls(model.to(device), load_tokenizer(name if path is None else base, tokenizer, "--reward-base"), template)
+                model = AutoModelForSequenceClassification.from_config(config)
+            take_weights(model, bare, dtype)
+        return cls(model.to(device), load_tokenizer(base if bare else name, tokenizer, "--reward-model"), template)
 
     @torch.no_grad()
     def __call__(self, prompt, outputs, columns=None):
-        """Rewards of n texts for one prompt (text, or a list of messages). -> (n,) float32"""
+        """Rewards of n texts for one prompt. -> (n,) float32"""
         texts = [self._text(prompt, output) for output in outputs]
         if self.head is None:
             batch = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
-            self._check_length(batch.input_ids.shape[1])
-            return self.model(**batch).logits[:, 0].float().cpu()
-        ids = [torch.tensor(encode(self.tokenizer, text)) for text in texts]
-        self._check_length(max(map(len, ids)))
-        return self._scores(ids).float().cpu()
+            longest, score = batch.input_ids.shape[1], lambda: self.model(**batch).logits[:, 0]
+        else:
+            ids = [torch.tensor(encode(self.tokenizer, text)) for text in texts]
+            longest, score = max(map(len, ids)), lambda: self._scores(ids)
+        if longest > self.context:
+            refuse(f"--reward-model: a text of {longest} tokens does not fit into its context of {self.context}; lower --max-prompt-tokens")
+        return score().float().cpu()
 
     def _text(self, prompt, output):
         if isinstance(prompt, str):
             return fill(self.template, prompt, output)
         if not self.tokenizer.chat_template:
-            refuse("--reward-model: the prompts are messages, and its tokenizer has no chat template; use another reward model, or --reward-function")
+            refuse("--reward-model: prompts are messages, and its tokenizer has no chat template; use one that has, or --reward-function")
         return self.tokenizer.apply_chat_template(prompt + [{"role": "assistant", "content": output}], tokenize=False)
 
-    def _check_length(self, length):
-        if length > self.context:
-            refuse(f"--reward-model: a text of {length} tokens is longer than its context of {self.context}; lower --max-prompt-tokens or --max-new-tokens")
-
     def _scores(self, ids):
-        """Score head at the last token of n sequences of ids. -> (n,)
+        """The score head at the last token of n LongTensors. -> (n,)
 
-        What they begin with in common, as tokens, is computed once (the same prompt, but a tokenizer may join
-        its last letters with an output's first). Not the model's own pooling: it looks for the last token that
-        is not padding, and so skips an end token that the template asks for where pad = eos.
+        What they begin with in common is computed once: as tokens, since a tokenizer may join the last letters
+        of the prompt with the first of an output. Not the model's own pooling: that takes the last token that
+        is not padding, and misses an end token that the template asks for where pad = eos.
         """
         decoder, device = self.model.base_model, self.model.device
-        common = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*(s.tolist() for s in ids))))
-        common = min(common, min(map(len, ids)) - 1)  # at least one token of each is its own
+        alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*(s.tolist() for s in ids)))
+        common = min(sum(1 for _ in alike), min(map(len, ids)) - 1)  # at least one token of each is its own
         cache = None
         if common and len(ids) > 1:
             cache = decoder(input_ids=ids[0][None, :common].to(device), use_cache=True).past_key_values
             cache = share(cache, len(ids)) if shareable(cache) else None
-        rest, real = pad_right([s[common:] if cache else s for s in ids], device)  # padding stands behind: no mask needed
+        rest, real = pad_right([s[common:] if cache else s for s in ids], device)  # (n, T), padding behind: no mask
         hidden = decoder(input_ids=rest, past_key_values=cache, use_cache=cache is not None).last_hidden_state  # (n, T, H)
         return self.head(hidden[torch.arange(len(ids)), real.sum(-1) - 1])[:, 0]
 
 
+def context_of(config):
+    """Longest sequence of a model, in tokens; infinite where its config names none."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
 def bare_checkpoint(name):
-    """The path of a reward model that is one file of weights without a config, or None."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        from transformers.utils import cached_file
-
-        quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False)
-        try:
-            if cached_file(name, "config.json", _raise_exceptions_for_connection_errors=False, **quiet):
-                return None
-            found = [cached_file(name, file, _raise_exceptions_for_connection_errors=False, **quiet) for file in BARE_FILES]
-        except (OSError, ValueError) as error:
-            refuse(f"--reward-model {name}: {first_line(error)}")
-        return next((Path(file) for file in found if file), None)
-    if (path / "config.json").exists():
-        return None
-    return next((path / file for file in BARE_FILES if (path / file).exists()), None)
+    """Path of a reward model that is one file of weights, without config; None for any other."""
+    if Path(name).is_file():
+        return name
+    return None if find(name, "config.json") else find(name, "pytorch_model.bin", "hf_ckpt.pt")
 
 
-BARE_FILES = ("pytorch_model.bin", "hf_ckpt.pt")
-
-
-def fill_weights(model, path, dtype):
-    """A bare checkpoint into a model on the meta device: `v_head` is its score head, old attention buffers are dropped."""
+def take_weights(model, path, dtype):
+    """A bare checkpoint into a model on the meta device. `v_head` is its score head; old attention buffers are dropped."""
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True)  # without it, unpickling runs what it is told
+        weights = {re.sub(r"^v_head\.", "score.", key): w.to(dtype) for key, w in weights.items()}
     except Exception as error:
         refuse(f"--reward-model {path}: not a file of weights alone ({first_line(error)}); files that hold code are not opened")
-    if not isinstance(weights, dict) or not all(isinstance(w, torch.Tensor) for w in weights.values()):
-        refuse(f"--reward-model {path}: not a dictionary of weights")
-    weights = {re.sub(r"^v_head\.", "score.", key): w for key, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
-    expected = {key: w.shape for key, w in model.state_dict().items()}
-    for what, keys in (("lacks", expected.keys() - weights.keys()), ("has the unexpected", weights.keys() - expected.keys())):
+    weights = {key: w for key, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
+    expected = {key: tuple(w.shape) for key, w in model.state_dict().items()}
+    for what, keys in ("lacks", expected.keys() - weights.keys()), ("has, unexpected,", weights.keys() - expected.keys()):
         if keys:
-            refuse(f"--reward-model {path}: {what} {len(keys)} weights that {type(model).__name__} of --reward-base has or has not, such as {min(keys)}")
+            refuse(f"--reward-model {path}: {what} {min(keys)} and {len(keys) - 1} more, as {type(model).__name__} of --reward-base")
     for key, shape in expected.items():
-        if weights[key].shape != shape:
-            refuse(f"--reward-model {path}: {key} is {tuple(weights[key].shape)}, in --reward-base {tuple(shape)}: another vocabulary or another size of model")
-    model.load_state_dict({key: w.to(dtype) for key, w in weights.items()}, assign=True)
+        if tuple(weights[key].shape) != shape:
+            refuse(f"--reward-model {path}: {key} is {tuple(weights[key].shape)}, for --reward-base {shape}: another vocabulary or size")
+    model.load_state_dict(weights, assign=True)
 
 
 class RewardFunction:
-    """A user's `f(prompts, completions, **columns) -> list of floats` (TRL's convention), called for one prompt."""
+    """A user's f(prompts, completions, **columns) -> list of floats, as TRL calls it: lists of one length, by keyword."""
 
     def __init__(self, function, name):
         self.function, self.name = function, name
         parameters = inspect.signature(function).parameters.values()
-        self.names = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in parameters}
+        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self.takes = {p.name for p in parameters}
 
     @classmethod
     def from_file(cls, spec):
-        """From "file.py:name". UserError where there is no such function."""
+        """From "file.py:name". UserError where there is none."""
         path, _, name = spec.rpartition(":")
-        if not path or not Path(path).is_file():
-            refuse(f"--reward-function {spec}: no such file; give file.py:name")
+        if not Path(path).is_file() or not path.endswith(".py"):
+            refuse(f"--reward-function {spec}: no such Python file; give file.py:name")
         source = importlib.util.spec_from_file_location("reward_function", path)
-        if source is None:
-            refuse(f"--reward-function {spec}: not a Python file; give file.py:name")
         module = importlib.util.module_from_spec(source)
         source.loader.exec_module(module)
         if not callable(getattr(module, name, None)):
-            refuse(f"--reward-function {spec}: {path} has no function {name!r}")
+            refuse(f"--reward-function {spec}: {path} has no function {name}")
         return cls(getattr(module, name), spec)
 
     def __call__(self, prompt, outputs, columns=None):
-        """-> (n,) float64"""
-        completions = list(outputs) if isinstance(prompt, str) else [[{"role": "assistant", "content": o}] for o in outputs]
+        """Rewards of n texts for one prompt; each of the row's columns goes along, repeated. -> (n,) float64"""
+        if not isinstance(prompt, str):  # messages in, messages out
+            outputs = [[{"role": "assistant", "content": output}] for output in outputs]
         arguments = {name: [value] * len(outputs) for name, value in (columns or {}).items()}
-        arguments |= {"prompts": [prompt] * len(outputs), "completions": completions}
-        if self.names is not None:
-            arguments = {name: value for name, value in arguments.items() if name in self.names}
+        arguments |= {"prompts": [prompt] * len(outputs), "completions": list(outputs)}
         try:
-            rewards = self.function(**arguments)
+            rewards = self.function(**{k: v for k, v in arguments.items() if self.takes_all or k in self.takes})
         except Exception:
             traceback.print_exc()
             refuse(f"--reward-function {self.name}: raised the error above")
         try:
             rewards = [float(r) for r in rewards]
         except (TypeError, ValueError):
-            refuse(f"--reward-function {self.name}: returned {str(rewards)[:80]!r}; it must return a list of numbers")
+            refuse(f"--reward-function {self.name}: returned {rewards!r:.80}; it must return a list of numbers")
         if len(rewards) != len(outputs):
             refuse(f"--reward-function {self.name}: returned {len(rewards)} rewards for {len(outputs)} completions")
         if not all(map(math.isfinite, rewards)):
-            refuse(f"--reward-function {self.name}: returned {next(r for r in rewards if not math.isfinite(r))}; rewards must be finite")
+            refuse(f"--reward-function {self.name}: returned nan or inf for {prompt!r:.60}; rewards must be finite")
         return torch.tensor(rewards, dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------
 # 6. Prompts
 
-GOLD_COLUMNS = ("label", "completion", "chosen", "response")
+GOLD_COLUMNS = ("label", "completion", "chosen", "response")  # the first that the data has is the gold answer
 
 
 @dataclass
@@ -910,141 +955,134 @@ class Example:
     prompt: str | list  # text, or messages
     ids: torch.Tensor  # (P,)
     gold: str | None
-    pair: list | None  # (chosen, rejected) as output ids, for --method dpo
+    pair: list | None  # [chosen, rejected] as LongTensors, for --method dpo
     columns: dict  # the row's other columns, for a reward function
 
 
 class Prompts:
-    """A split of the data: the rows whose prompt fits. Encoded when asked for."""
+    """The rows of a split whose prompt is at most --max-prompt-tokens long. prompts[i] -> Example"""
 
-    def __init__(self, rows, tokenizer, settings, split, pairs=False):
-        self.rows, self.tokenizer, self.settings, self.split, self.pairs = rows, tokenizer, settings, split, pairs
-        names = list(rows.column_names)
+    def __init__(self, rows, tokenizer, settings, split):
+        self.rows, self.tokenizer, self.settings = rows, tokenizer, settings
+        self.pairs = METHODS[settings.method].source == "data" and split == "train"
+        where, names = f"--dataset {settings.dataset}: split {split}", rows.column_names
         if "prompt" not in names:
-            refuse(f"--dataset {settings.dataset}: split {split} has no column 'prompt', only {', '.join(names)}")
+            refuse(f"{where} has no column 'prompt', only {', '.join(names)}; rename one")
+        if self.pairs and not {"chosen", "rejected"} <= set(names):
+            refuse(f"{where} has no columns 'chosen' and 'rejected', which --method {settings.method} needs, only {', '.join(names)}")
         self.gold = next((name for name in GOLD_COLUMNS if name in names), None)
-        if pairs and not {"chosen", "rejected"} <= set(names):
-            refuse(f"--method dpo needs columns 'chosen' and 'rejected'; split {split} of {settings.dataset} has {', '.join(names)}")
-        prompts = list(rows["prompt"])
+        self.kept, prompts = [], rows["prompt"]
         for i, prompt in enumerate(prompts):
-            if not (is_messages(prompt) or isinstance(prompt, str)) or not prompt or isinstance(prompt, str) and not prompt.strip():
-                refuse(f"--dataset {settings.dataset}: row {i + 1} of split {split}: the prompt must be text or a list of messages, not {prompt!r:.60}")
-        self.kept = [i for i, prompt in enumerate(prompts) if len(encode(tokenizer, self.prompt_text(prompt))) <= settings.max_prompt_tokens]
-        self.left_out = len(prompts) - len(self.kept)
+            if not (isinstance(prompt, str) and prompt.strip() or prompt and is_messages(prompt)):
+                refuse(f"{where}, row {i + 1}: the prompt must be text or messages with role and content, not {prompt!r:.60}")
+            if len(encode(tokenizer, self.text(prompt))) <= settings.max_prompt_tokens:
+                self.kept.append(i)
         if not self.kept:
-            refuse(f"--dataset {settings.dataset}: no prompt of split {split} fits into --max-prompt-tokens {settings.max_prompt_tokens}")
+            refuse(f"{where}: none of {len(rows)} prompts fits into {settings.max_prompt_tokens} tokens; raise --max-prompt-tokens, or lower --max-new-tokens")  # fmt: skip
+        out = f", {len(rows) - len(self)} longer than {settings.max_prompt_tokens} tokens left out" if len(self) < len(rows) else ""
+        self.summary = f"{split}: {len(self)} prompts{out}" + ("" if self.gold else ", without gold answers, so without win-rate")
 
     def __len__(self):
         return len(self.kept)
 
-    def prompt_text(self, prompt):
-        if isinstance(prompt, str):
-            return prompt
-        if not self.tokenizer.chat_template:
-            refuse(f"--dataset {self.settings.dataset}: prompts are messages, and the tokenizer of --model has no chat template")
-        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-
     def __getitem__(self, i):
         columns = dict(self.rows[self.kept[i]])
         prompt = columns.pop("prompt")
-        text = self.prompt_text(prompt)
-        ids = encode(self.tokenizer, text)
-        pair = [self.answer_ids(text, ids, answer_text(prompt, columns[name])) for name in ("chosen", "rejected")] if self.pairs else None
-        gold = answer_text(prompt, columns[self.gold]) if self.gold and columns[self.gold] is not None else None
-        return Example(i, prompt, torch.tensor(ids), gold, pair, columns)
+        ids = encode(self.tokenizer, self.text(prompt))
+        gold, pair = columns.get(self.gold), None
+        if self.pairs:
+            pair = [self.answer_ids(prompt, ids, answer_text(prompt, columns[name])) for name in ("chosen", "rejected")]
+        return Example(i, prompt, torch.tensor(ids), None if gold is None else answer_text(prompt, gold), pair, columns)
 
-    def answer_ids(self, text, prompt_ids, answer):
-        """An answer as the policy would have had to write it: ids after the prompt's, the end token, cut to length."""
-        ids = encode(self.tokenizer, text + answer)
-        same = ids[: len(prompt_ids)] == prompt_ids  # else the tokenizer joins letters over the boundary
-        ids = ids[len(prompt_ids) :] if same else self.tokenizer(answer, add_special_tokens=False).input_ids
+    def text(self, prompt):
+        """A prompt as the policy reads it."""
+        if isinstance(prompt, str):
+            return prompt
+        if not self.tokenizer.chat_template:
+            refuse(f"--dataset {self.settings.dataset}: prompts are messages, and the tokenizer of --model has no chat template; use text")
+        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+
+    def answer_ids(self, prompt, prompt_ids, answer):
+        """An answer as if the policy had written it: what follows the prompt's ids, the end token, cut to length."""
+        ids = encode(self.tokenizer, self.text(prompt) + answer)
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:  # the tokenizer joins letters over the boundary; the policy could not
+            ids = self.tokenizer(answer, add_special_tokens=False).input_ids
         return torch.tensor((ids + [self.tokenizer.eos_token_id])[: self.settings.max_new_tokens])
 
 
 def is_messages(prompt):
-    return isinstance(prompt, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)
+    wanted = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)  # noqa: E731
+    return isinstance(prompt, list) and all(map(wanted, prompt))
 
 
 def answer_text(prompt, answer):
-    """A gold answer joined to its prompt as an output is: one space, where neither side brings white space."""
-    if isinstance(answer, list):  # messages: the last is the answer
-        answer = answer[-1]["content"]
-    joined = isinstance(prompt, str) and answer and not prompt[-1:].isspace() and not answer[0].isspace()
-    return " " + answer if joined else answer
+    """An answer of the data, joined to its prompt as an output is: by a space, where neither brings white space."""
+    if is_messages(answer):  # the last of them is the reply
+        answer = answer[-1]["content"] if answer else ""
+    apart = isinstance(prompt, str) and answer and not prompt[-1].isspace() and not answer[0].isspace()
+    return " " + answer if apart else answer
 
 
 def load_splits(name):
-    """A hub name, directory, .jsonl, .parquet or .csv as {"train", "validation", "test": rows or None}."""
+    """{"train", "validation", "test": rows or None} of a hub name, a directory, or a .jsonl, .parquet or .csv file."""
     import datasets
     import huggingface_hub
 
-    datasets.disable_progress_bars()
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    if path.is_file() and path.suffix not in kinds:
+        refuse(f"--dataset {name}: of unknown kind; give .jsonl, .parquet or .csv, a directory, or a hub name")
     try:
         if path.is_file():
-            if path.suffix not in kinds:
-                refuse(f"--dataset {name}: give a .jsonl, .parquet or .csv file, a directory, or a hub name")
-            found = datasets.load_dataset(kinds[path.suffix], data_files={"train": str(path)})
-        else:
-            # load_dataset(hub name) needs the network even when the cache holds the files
-            directory = name if path.is_dir() else huggingface_hub.snapshot_download(name, repo_type="dataset")
-            found = datasets.load_dataset(directory)
-    except UserError:
-        raise
+            found = datasets.load_dataset(kinds[path.suffix], data_files={"train": name})
+        else:  # load_dataset(hub name) would need the network even where the cache holds the files
+            found = datasets.load_dataset(name if path.is_dir() else huggingface_hub.snapshot_download(name, repo_type="dataset"))
     except Exception as error:
-        broken = broken_line(path)
-        refuse(f"{broken} is not a JSON object; mend or remove this line" if broken else f"--dataset {name}: cannot be read ({first_line(error)})")
-    splits = {"train": found.get("train"), "validation": found.get("validation", found.get("valid", found.get("val"))), "test": found.get("test")}
-    if splits["train"] is None and splits["test"] is None:
-        refuse(f"--dataset {name}: has no split 'train', only {', '.join(found)}")
-    return splits
+        line = broken_line(path)
+        refuse(f"--dataset {line}: not a JSON object; mend or remove this line" if line else f"--dataset {name}: cannot be read ({first_line(error)})")
+    found["validation"] = next((found[split] for split in ("validation", "valid", "val") if split in found), None)
+    return {split: found.get(split) for split in ("train", "validation", "test")}
 
 
 def broken_line(path):
-    """The first line of the JSON-lines files at a path that is not a JSON object, as "file:line"."""
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] * path.is_file():
-        if file.suffix in (".jsonl", ".json"):
-            for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
-                try:
-                    whole = not line.strip() or isinstance(json.loads(line), dict)
-                except ValueError:
-                    whole = False
-                if not whole:
-                    return f"{file}:{number}:"
-
-
-def hold_out(splits, held=0.1, most=1000):
-    """Missing validation and test splits as parts of train: the same rows for every --seed."""
-    train, told = splits["train"], []
-    for stream, name in enumerate(("validation", "test")):
-        if splits[name] is None:
-            size = min(most, math.ceil(held * len(train)))
-            order = random_subset(len(train), len(train), HELD_OUT, stream)
-            splits[name], train = train.select(sorted(order[:size])), train.select(sorted(order[size:]))
-            told.append(f"{name}: {size} rows held out from train")
-    splits["train"] = train
-    return told
+    """"file:line" of the first line that is no JSON object in the .jsonl files at a path, or None."""
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []:
+        for number, line in enumerate(file.read_bytes().splitlines() if file.suffix == ".jsonl" else [], 1):
+            try:
+                whole = not line.strip() or isinstance(json.loads(line), dict)
+            except ValueError:
+                whole = False
+            if not whole:
+                return f"{file}:{number}"
 
 
 def load_data(settings, tokenizer, splits=None):
-    """(train, validation, test) as Prompts, with a line for each split."""
+    """-> [train, validation, test] as Prompts. A split that the data lacks is held out from train: the same rows
+    for every --seed, a tenth of it and at most 1000."""
     splits = splits or load_splits(settings.dataset)
-    lines = hold_out(splits) if splits["train"] is not None else refuse(f"--dataset {settings.dataset}: has no split 'train'")
-    pairs = settings.method == "dpo"
-    if pairs and settings.pairs_dataset:
-        splits["train"] = summaries_with_cue(load_splits(settings.pairs_dataset)["train"])
-    result = []
-    for name in ("train", "validation", "test"):
-        result.append(Prompts(splits[name], tokenizer, settings, name, pairs and name == "train"))
-        left_out = f", {result[-1].left_out} prompts of more than {settings.max_prompt_tokens} tokens left out" if result[-1].left_out else ""
-        lines.append(f"{name}: {len(result[-1])} prompts{left_out}" + ("" if result[-1].gold else ", no gold answers: no win-rate"))
-    return result, lines
+    if splits["train"] is None:
+        refuse(f"--dataset {settings.dataset}: has no split 'train'; name its file train.jsonl (or .parquet, .csv)")
+    for split in ("validation", "test"):
+        if splits[split] is None:
+            size = min(1000, math.ceil(len(splits["train"]) / 10))
+            order = random_subset(len(splits["train"]), len(splits["train"]), HELD_OUT)
+            splits[split], splits["train"] = splits["train"].select(order[:size]), splits["train"].select(order[size:])
+            print(f"{split}: not in the data; {size} rows of train are held out for it")
+    if METHODS[settings.method].source == "data" and settings.pairs_dataset:
+        splits["train"] = load_splits(settings.pairs_dataset)["train"].map(move_cue)
+    result = [Prompts(splits[split], tokenizer, settings, split) for split in ("train", "validation", "test")]
+    print("\n".join(prompts.summary for prompts in result))
+    return result
 
 
-def summaries_with_cue(rows, cue="TL;DR:"):
-    """openai_summarize_comparisons keeps the cue in the answers, openai_summarize_tldr in the prompt: as the latter."""
-    move = lambda row: {"prompt": row["prompt"].rstrip("\n") + "\n" + cue} | {k: row[k].removeprefix(cue) for k in ("chosen", "rejected")}  # noqa: E731
-    return rows.map(move) if cue else rows
+def move_cue(row, cue="TL;DR:"):
+    """openai_summarize_comparisons has the cue before each answer, openai_summarize_tldr at the end of the prompt: as the latter."""
+    if not row["chosen"].startswith(cue):
+        return row
+    return row | {"prompt": row["prompt"].rstrip() + "\n" + cue, "chosen": row["chosen"][len(cue) :], "rejected": row["rejected"].removeprefix(cue)}
 
 
 # ------------------------------------------------------------------------------------------
@@ -1054,315 +1092,311 @@ EVALUATION_BATCH = 32  # prompts at once, one output each
 HELD_OUT_PROMPTS = 32  # validation prompts on which D_n is estimated
 
 
-def evaluate(policy, reward, data, settings, run, split):
-    """One output for each of `--eval-prompts` prompts, against the gold answers. -> (metrics, rows of test_outputs.jsonl)
+def evenly(size, count):
+    """min(count, size) indices below size, evenly spaced."""
+    count = min(size, count)
+    return [i * size // count for i in range(count)]
 
-    The same prompts with the same random numbers every time, so that two evaluations differ by the policy alone.
-    kl_to_prior is the mean of log q_theta - log p over the outputs: E_q of it is KL(q_theta || p). Greedy outputs
-    are not draws from q_theta, so with `--greedy` it is left out.
+
+def evaluate(policy, reward, data, settings, run):
+    """One output for each of `--eval-prompts` prompts, against the gold answers. -> (metrics, test_outputs.jsonl's lines)
+
+    The same prompts with the same random numbers each time, so that evaluations differ by the policy alone.
+    kl_to_prior is the mean of log q_theta - log p over the outputs, in nats: KL(q_theta || p), as they are drawn
+    from q_theta. Greedy outputs are not, so `--greedy` leaves it out.
     """
-    count = min(len(data), settings.eval_prompts or len(data))
-    rows = [i * len(data) // count for i in range(count)]  # evenly spaced
+    rows = evenly(len(data), settings.eval_prompts or len(data))
     rows.sort(key=lambda i: len(data[i].ids))  # alike lengths together: less padding
-    batches = [rows[i : i + EVALUATION_BATCH] for i in range(0, count, EVALUATION_BATCH)]
+    batches = [rows[i : i + EVALUATION_BATCH] for i in range(0, len(rows), EVALUATION_BATCH)]
 
     def answer(batch):
-        examples = [data[i] for i in batch]
+        examples, lines = [data[i] for i in batch], []
         prompts = [example.ids for example in examples]
-        generators = [seeded(settings.seed, EVALUATION, len(split), i) for i in batch]
-        outputs, log_q = policy.sample_batch(prompts, 1, settings.max_new_tokens, generators=generators, greedy=settings.greedy)
+        generators = [seeded(settings.seed, EVALUATION, i) for i in batch]
+        outputs, log_q = policy.sample_batch(prompts, 1, settings.max_new_tokens, False, generators, settings.greedy)
         outputs = [output for (output,) in outputs]
         log_ratio = log_q[:, 0] - policy.log_prob_batch(prompts, outputs, prior=True)
-        lines = []
         for example, output, ratio in zip(examples, outputs, log_ratio.tolist()):
-            text = policy.text(example.ids, output)
-            texts = [text] if example.gold is None else [text, example.gold]  # what they share of the prompt is computed once
-            rewards = reward(example.prompt, texts, example.columns).tolist()
-            line = {"prompt": example.prompt, "gold": example.gold, "output": text}
-            line |= {"reward": rewards[0], "gold_reward": rewards[1] if example.gold is not None else None}
+            line = {"prompt": example.prompt, "gold": example.gold, "output": policy.text(example.ids, output)}
+            texts = [line["output"]] + [example.gold] * (example.gold is not None)  # together: they share the prompt
+            line["reward"], line["gold_reward"] = (reward(example.prompt, texts, example.columns).tolist() + [None])[:2]
             lines.append((example.row, ratio, line))
         return lines
 
-    lines = sorted(itertools.chain(*run.shared_out(batches, answer, f"evaluation on {split}")), key=lambda line: line[0])
-    against = [line for _, _, line in lines if line["gold"] is not None]
-    metrics = {"reward": float(np.mean([line["reward"] for _, _, line in lines]))}
-    if against:
-        won = win_rate([line["reward"] for line in against], [line["gold_reward"] for line in against])
-        metrics = dict(zip(("win_rate", "win_rate_half_width"), won)) | metrics
+    lines = sorted(itertools.chain(*run.shared_out(batches, answer, "evaluation")), key=lambda line: line[0])
+    against = [(line["reward"], line["gold_reward"]) for _, _, line in lines if line["gold"] is not None]
+    metrics = dict(zip(("win_rate", "win_rate_half_width"), win_rate(*zip(*against)))) if against else {}
+    metrics["reward"] = float(np.mean([line["reward"] for _, _, line in lines]))
     if not settings.greedy:
         metrics["kl_to_prior"] = float(np.mean([ratio for _, ratio, _ in lines]))
     return metrics, [line for _, _, line in lines]
 
 
 class HeldOut:
-    """D_n (eq. 13) on n outputs of the prior for some validation prompts, drawn once: the objective itself, where
-    it was not trained. Comparable over a whole run, zero only at the posterior. Rises while the loss on D_t
-    falls: the policy is learning D_t by heart."""
+    """D_n (eq. 13) where it was not trained: on n outputs of the prior for some validation prompts, drawn once.
+
+    The objective itself, comparable over a whole run and zero only at the posterior. Where it rises while the
+    loss on D_t falls, the policy is learning D_t by heart.
+    """
 
     def __init__(self, policy, reward, data, settings, run):
         def draw(i):
-            example = data[i]
-            generator = seeded(settings.seed, HELD_OUT, 2, i)
-            outputs = policy.sample(example.ids, settings.samples_per_prompt, settings.max_new_tokens, prior=True, generator=generator)
-            rewards = reward(example.prompt, [policy.text(example.ids, o) for o in outputs], example.columns)
-            return example.ids, outputs, policy.log_prob(example.ids, outputs, prior=True).cpu(), log_goodness(rewards, settings.goodness)
+            example, generator = data[i], seeded(settings.seed, HELD_OUT, i)
+            outputs = policy.sample(example.ids, settings.samples_per_prompt, settings.max_new_tokens, True, generator)
+            rewards = reward(example.prompt, [policy.text(example.ids, output) for output in outputs], example.columns)
+            log_p = policy.log_prob(example.ids, outputs, prior=True).cpu()
+            alpha_hat = posterior_weights(log_p, log_p, log_goodness(rewards, settings.goodness).to(log_p))  # q' = p
+            return example.ids, outputs, log_p, alpha_hat
 
-        count = min(len(data), HELD_OUT_PROMPTS)
-        self.draws = list(run.shared_out([i * len(data) // count for i in range(count)], draw, "held-out prompts"))
+        self.draws = list(run.shared_out(evenly(len(data), HELD_OUT_PROMPTS), draw, "held-out samples"))
 
     @torch.no_grad()
     def divergence(self, policy, run):
-        """-> D_n of the policy, nats."""
+        """-> D_n of the policy in nats, mean over the prompts."""
 
         def one(draw):
-            prompt_ids, outputs, log_p, goodness = draw
-            beta_hat = policy_weights(policy.log_prob(prompt_ids, outputs).cpu(), log_p)  # q' = p
-            return float(self_normalized_kl(posterior_weights(log_p, log_p, goodness.to(log_p)), beta_hat))
+            prompt_ids, outputs, log_p, alpha_hat = draw
+            return float(self_normalized_kl(alpha_hat, policy_weights(policy.log_prob(prompt_ids, outputs).cpu(), log_p)))
 
         return float(np.mean(list(run.shared_out(self.draws, one, "held-out D_n"))))
 
 
 # ------------------------------------------------------------------------------------------
-# 8. The run directory, and the processes of a run
+# 8. The run directory, and the processes that share a run
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "test_outputs.jsonl", "report.png", "toy.png", "nonfinite.json", "model", "checkpoint")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "test_outputs.jsonl", "nonfinite.json", "model", "checkpoint")
+RUN_FILES += ("report.png", "toy.png")
 
 
 class Run:
-    """A run directory, written by the first process alone.
+    """A run directory, written by the first process alone, and what the processes of a run exchange.
 
-    A run can be killed at any moment and gone on with: lines are written whole and flushed, `samples.jsonl` is
-    D_t, and a checkpoint is trained weights, AdamW's state and the number of updates, written beside and then
-    renamed. Lines behind the checkpoint are cut off on resuming; they come again, the same.
+    It can be killed at any moment and gone on with. Lines are written whole; `samples.jsonl` is D_t; a checkpoint
+    is the trained weights, AdamW's state and, as its name, the number of updates, written beside and renamed. On
+    resuming, lines behind the checkpoint are cut off; they come again, the same. With random numbers that depend
+    on (seed, purpose, index) alone there is nothing else to restore.
     """
 
     def __init__(self, path, settings):
         self.path, self.settings = Path(path), settings
         self.rank, self.processes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             self.rank, self.processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        self.best = -math.inf  # validation win-rate of model/
-        self.low_ess, self.told = 0, set()
+        self.best = -math.inf  # validation win-rate of what is in model/
+        self.warned, self.low = set(), 0
 
     # ---- processes
 
     def gather(self, mine):
-        """Lists of all processes as one, taken in turn: item i of the whole was item i // W of process i % W."""
+        """The lists of all processes as one: item i of the whole was item i // W of process i % W. Also a barrier."""
         if self.processes == 1:
             return mine
         parts = [None] * self.processes
         torch.distributed.all_gather_object(parts, mine)
-        return [x for column in itertools.zip_longest(*parts, fillvalue=None) for x in column if x is not None]
+        missing = object()
+        return [x for turn in itertools.zip_longest(*parts, fillvalue=missing) for x in turn if x is not missing]
 
     def shared_out(self, items, function, label):
-        """function(item) for all items, in order; each process computes its share and gets all results."""
-        with self.progress(range(0, len(items), self.processes), label, len(items)) as bar:
-            for start in bar:
-                mine = items[start : start + self.processes][self.rank : self.rank + 1]
-                yield from self.gather([function(item) for item in mine])
+        """function(item) of all items in order, as they come; each process computes its share and gets all."""
+        for start in self.progress(range(0, len(items), self.processes), label):
+            mine = items[start + self.rank : min(start + self.processes, start + self.rank + 1)]
+            yield from self.gather([function(item) for item in mine])
 
-    def average_gradients(self, policy):
-        """Each process has the gradient of its share of the batch, already divided by the whole batch: the sum is the mean."""
+    def add_gradients(self, policy):
+        """Each process has divided its share of the batch by the whole batch's size: the sum is the mean."""
         for p in policy.parameters().values() if self.processes > 1 else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             torch.distributed.all_reduce(p.grad)
 
-    def progress(self, steps, label, total=None):
+    def progress(self, steps, label):
+        """A bar with the time left, on a terminal."""
         from tqdm import tqdm
 
-        return tqdm(steps, desc=label, leave=False, disable=True if self.rank else None, smoothing=0.05)
+        return tqdm(steps, desc=label, leave=False, disable=True if self.rank else None)
 
-    # ---- files
+    # ---- lines
 
     def lines(self, name):
-        """The whole lines of a .jsonl file, as dicts; a line that was being written when the run was killed is not one."""
+        """The whole lines of a .jsonl file as dicts; what a killed run was writing has no newline, and is none."""
         path = self.path / name
         data = path.read_bytes() if path.exists() else b""
-        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].split(b"\n") if line]
 
-    def append(self, name, *lines):
-        if self.rank == 0:
-            with (self.path / name).open("a", encoding="utf-8") as file:  # one write, flushed on closing
-                file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-
-    def rewrite(self, name, lines):
-        if self.rank == 0:
+    def write(self, name, lines, mode="a"):
+        """Appends lines, or with mode "w" replaces the file by them, whole at any moment."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        if self.rank == 0 and mode == "a":
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        elif self.rank == 0:
             beside = self.path / (name + ".tmp")
-            beside.write_text("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines), encoding="utf-8")
+            beside.write_text(text, encoding="utf-8")
             beside.replace(self.path / name)
 
-    def log(self, line):
-        self.append("metrics.jsonl", line | {"time": round(time.time(), 2)})
-        if "loss" in line:
-            self.low_ess = self.low_ess + 1 if min(line["ess_alpha"], line["ess_beta"]) < 1.2 else 0
-            if self.low_ess == 50 and METHODS[self.settings.method].group_size is None:
-                self.warn(f"the effective sample size has been below 1.2 of {self.settings.samples_per_prompt} for 50 updates: one output has all the weight. "
-                          "Lower --learning-rate, or renew the proposal sooner (--updates-per-iteration)")  # fmt: skip
+    def keep(self, samples, prompt):
+        """The n outputs of one prompt to samples.jsonl, a line each."""
+        same = {"iteration": samples.iteration, "row": samples.row, "prompt": prompt}
+        each = {"output": samples.texts, "output_ids": [output.tolist() for output in samples.outputs]}
+        each |= {name: getattr(samples, name).tolist() for name in CACHED}
+        self.write("samples.jsonl", [same | dict(zip(each, values)) for values in zip(*each.values())])
+
+    def kept(self, data):
+        """D_t from samples.jsonl; a prompt whose n lines are not all there is cut off, to be drawn again."""
+        lines, n = self.lines("samples.jsonl"), self.settings.samples_per_prompt
+        groups = [lines[i : i + n] for i in range(0, len(lines) - n + 1, n)]
+        self.write("samples.jsonl", itertools.chain(*groups), "w")
+        result, dtype = [], torch.float64 if self.settings.dtype == "float64" else torch.float32
+        for group in groups:
+            columns = {name: [line[name] for line in group] for name in group[0]}
+            numbers = [torch.tensor(columns[name], dtype=dtype) for name in CACHED]
+            outputs = [torch.tensor(ids) for ids in columns["output_ids"]]
+            ids = data[group[0]["row"]].ids
+            result.append(Samples(group[0]["iteration"], group[0]["row"], ids, outputs, columns["output"], *numbers))
+        return result
+
+    # ---- warnings
 
     def warn(self, message):
-        """Each warning once."""
-        if self.rank == 0 and message not in self.told:
-            self.told.add(message)
+        if self.rank == 0 and message not in self.warned:
+            self.warned.add(message)
             print(f"brain: warning: {message}", file=sys.stderr)
 
-    def keep(self, samples, prompt):
-        """The outputs of one prompt to samples.jsonl, a line each."""
-        columns = {"output": samples.texts, "output_ids": [o.tolist() for o in samples.outputs]}
-        columns |= {name: getattr(samples, name).tolist() for name in ("reward", "log_p", "log_q_proposal", "alpha_hat")}
-        fixed = {"iteration": samples.iteration, "row": samples.row, "prompt": prompt}
-        self.append("samples.jsonl", *(fixed | dict(zip(columns, values)) for values in zip(*columns.values())))
+    def look_at(self, samples, policy):
+        """Warns of a round's samples from which nothing can be learned."""
+        outputs = [output for group in samples for output in group.outputs]
+        if not any(map(policy.ended, outputs)):
+            self.warn("every output was cut at --max-new-tokens: raise it, or see whether the model knows its end token")
+        if all(group.reward.max() - group.reward.min() < 1e-6 for group in samples):
+            self.warn("all outputs of a prompt have the same reward: nothing can be learned; look at the reward and its template")
+        if len(outputs) >= 20 and len({tuple(output.tolist()) for output in outputs}) < len(outputs) / 10:
+            self.warn("nearly all outputs are the same: the policy has collapsed; lower --learning-rate, or raise --max-new-tokens")
 
-    def kept(self, data, dtype):
-        """D_t of samples.jsonl, without a prompt whose lines are not all there."""
-        lines, n = self.lines("samples.jsonl"), self.settings.samples_per_prompt
-        lines = lines[: len(lines) // n * n]
-        self.rewrite("samples.jsonl", lines)
-        groups = [lines[i : i + n] for i in range(0, len(lines), n)]
-        return [
-            Samples(group[0]["iteration"], group[0]["row"], data[group[0]["row"]].ids, [torch.tensor(line["output_ids"]) for line in group],
-                    [line["output"] for line in group], *(torch.tensor([line[name] for line in group], dtype=dtype)
-                                                          for name in ("reward", "log_p", "log_q_proposal", "alpha_hat")))
-            for group in groups
-        ]  # fmt: skip
+    def log(self, line):
+        """An update's line of metrics, and a warning where few samples carry the gradient for long."""
+        self.write("metrics.jsonl", [line | {"time": round(time.time(), 3)}])
+        grouped = METHODS[self.settings.method].group_size is not None  # pairs: an argmax has a size of 1 by design
+        self.low = self.low + 1 if min(line["ess_alpha"], line["ess_beta"]) < 1.25 and not grouped else 0
+        if self.low == 50:
+            self.warn(f"the effective sample size was near 1 (of {self.settings.samples_per_prompt}) in 50 updates: one output has all "
+                      "the weight; lower --learning-rate, or renew the proposal sooner (--updates-per-iteration)")  # fmt: skip
 
-    def warn_about_samples(self, group, policy):
-        """What in a round's samples leaves nothing to learn from."""
-        if not group:
+    def stop_if_not_finite(self, metrics, batch, policy):
+        """Ends the run before an infinite or undefined gradient reaches the weights, with the batch written out."""
+        gradients = (p.grad for p in policy.parameters().values() if p.grad is not None)
+        if all(map(math.isfinite, metrics.values())) and all(gradient.isfinite().all() for gradient in gradients):
             return
-        outputs = [tuple(o.tolist()) for samples in group for o in samples.outputs]
-        if METHODS[self.settings.method].source != "data" and not any(policy.ended(o) for samples in group for o in samples.outputs):
-            self.warn("every output was cut at --max-new-tokens: raise it, or see that the data's answers end with the tokenizer's end token")
-        if all(samples.reward.max() - samples.reward.min() < 1e-6 for samples in group):
-            self.warn("rewards are the same for all outputs of every prompt: there is nothing to learn; look at the reward and --reward-template")
-        if len(set(outputs)) < 0.1 * len(outputs) and len(outputs) >= 20:
-            self.warn("nearly all outputs are the same: the policy has collapsed, or writes what is too short to differ; lower --learning-rate")
-
-    def stop_on_nonfinite(self, metrics, batch):
-        lines = [{"iteration": s.iteration, "row": s.row, "outputs": s.texts} | {k: repr(getattr(s, k).tolist()) for k in ("reward", "log_p", "log_q_proposal")}
-                 for s in batch]  # fmt: skip
         if self.rank == 0:
-            (self.path / "nonfinite.json").write_text(json.dumps({"metrics": repr(metrics), "batch": lines}, indent=1))
-        refuse(f"the loss or its gradient is not finite; the weights are as they were. The batch is in {self.path / 'nonfinite.json'}; "
+            show = lambda s: {"row": s.row, "outputs": s.texts} | {name: repr(getattr(s, name).tolist()) for name in CACHED}  # noqa: E731
+            (self.path / "nonfinite.json").write_text(json.dumps({"metrics": repr(metrics), "batch": list(map(show, batch))}, indent=1))
+        refuse(f"the loss or its gradient is not finite; the weights are as they were. See {self.path / 'nonfinite.json'} for the batch; "
                "lower --learning-rate, or use --dtype float32")  # fmt: skip
 
-    # ---- evaluations and checkpoints
+    # ---- evaluations, models, checkpoints
 
     def start(self, policy, reward, validation, test):
-        """What evaluations need."""
-        self.policy, self.reward, self.validation, self.test = policy, reward, validation, test
+        """What evaluations need; draws the held-out samples."""
+        self.reward, self.splits = reward, {"validation": validation, "test": test}
         self.held_out = HeldOut(policy, reward, validation, self.settings, self)
 
     def evaluate(self, policy, step, split="validation"):
-        data = self.validation if split == "validation" else self.test
-        metrics, rows = evaluate(policy, self.reward, data, self.settings, self, split)
+        """A line of metrics, and one on the screen. On validation, the best policy so far is saved as model/."""
+        metrics, lines = evaluate(policy, self.reward, self.splits[split], self.settings, self)
         metrics["self_normalized_kl"] = self.held_out.divergence(policy, self)
         if split == "test":
-            self.rewrite("test_outputs.jsonl", rows)
-        elif metrics.get("win_rate", math.inf) > self.best or "win_rate" not in metrics:  # nothing to compare: the last
+            self.write("test_outputs.jsonl", lines, "w")
+        elif metrics.get("win_rate", math.inf) > self.best:  # without win-rate nothing can be compared: the last
             self.best = metrics.get("win_rate", -math.inf)
-            self.save_model(policy)  # before the line that says so: a killed run comes here again
-        self.log({"step": step, "split": split} | metrics)
-        self.say(step, split, metrics)
+            self.save("model", policy.save)  # before its line: a run killed in between comes here again
+        self.write("metrics.jsonl", [{"step": step, "split": split} | metrics | {"time": round(time.time(), 3)}])
+        names = {"win_rate": "win-rate", "win_rate_half_width": "±", "reward": "  reward", "kl_to_prior": "  KL to prior"}
+        told = " ".join(f"{names.get(name, '  held-out D_n')} {value:.3f}" for name, value in metrics.items())
+        print(f"update {step:>6}  {split:<10}  {told}", flush=True)
 
-    def say(self, step, split, metrics):
+    def save(self, name, fill_directory):
+        """A directory that is whole or not there: filled beside, then renamed."""
         if self.rank == 0:
-            won = f"win-rate {metrics['win_rate']:.1f} ± {metrics['win_rate_half_width']:.1f}   " if "win_rate" in metrics else ""
-            far = f"   KL to prior {metrics['kl_to_prior']:.3f}" if "kl_to_prior" in metrics else ""
-            print(f"update {step:>6}  {split:<10}  {won}reward {metrics['reward']:+.3f}{far}   held-out D_n {metrics['self_normalized_kl']:.4f}", flush=True)
+            beside, target = self.path / "unfinished", self.path / name
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            fill_directory(beside)
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            beside.rename(target)
+        self.gather([])  # nobody reads it before it is there
 
-    def save_model(self, policy):
-        """model/, beside and then renamed: loadable by transformers or peft alone."""
-        if self.rank == 0:
-            with self.beside("model") as directory:
-                policy.save(directory)
-
-    @contextlib.contextmanager
-    def beside(self, name):
-        """A directory to fill, which takes its name when it is whole."""
-        directory, target = self.path / (name.replace("/", "-") + ".tmp"), self.path / name
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-        yield directory
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        directory.rename(target)
+    def checkpoints(self):
+        """Numbers of updates, in order."""
+        return sorted(int(d.name) for d in (self.path / "checkpoint").glob("*"))
 
     def save_checkpoint(self, policy, optimizer, step):
         from safetensors.torch import save_file
 
-        if self.rank:
-            return
-        names = list(policy.parameters())
-        state = {f"{names[i]}/{key}": value.contiguous() for i, s in optimizer.state_dict()["state"].items() for key, value in s.items()}
-        with self.beside(f"checkpoint/{step}") as directory:
-            save_file({name: p.detach().contiguous() for name, p in policy.parameters().items()}, directory / "policy.safetensors")
-            save_file(state, directory / "optimizer.safetensors")
-        for older in self.checkpoints()[:-1]:
+        def fill_directory(directory):
+            save_file({name: p.detach() for name, p in policy.parameters().items()}, directory / "policy.safetensors")
+            state = optimizer.state_dict()["state"]
+            state = {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+            save_file(state, directory / "adamw.safetensors")
+
+        self.save(f"checkpoint/{step}", fill_directory)
+        for older in self.checkpoints()[:-1] if self.rank == 0 else ():
             shutil.rmtree(self.path / "checkpoint" / str(older))
 
-    def checkpoints(self):
-        return sorted(int(d.name) for d in (self.path / "checkpoint").glob("*") if d.name.isdecimal())
-
     def restore(self, policy, optimizer, data):
-        """(number of updates done, D_t): from the newest checkpoint, or (0, []) after the first evaluation of a new run."""
+        """(updates done, D_t) as the newest checkpoint has it; in a new run (0, []), after the first evaluation."""
         from safetensors.torch import load_file
 
         if not self.checkpoints():
-            self.rewrite("metrics.jsonl", [])
-            self.rewrite("samples.jsonl", [])
+            self.gather([])
+            self.write("metrics.jsonl", [], "w")
+            self.write("samples.jsonl", [], "w")
             self.evaluate(policy, 0)
             self.save_checkpoint(policy, optimizer, 0)
             return 0, []
         step = self.checkpoints()[-1]
         directory = self.path / "checkpoint" / str(step)
         weights, state = load_file(directory / "policy.safetensors"), {}
-        with torch.no_grad():
-            for i, (name, p) in enumerate(policy.parameters().items()):
-                p.copy_(weights[name])
-        flat = load_file(directory / "optimizer.safetensors")
-        for i, name in enumerate(policy.parameters()):
-            entries = {key.rpartition("/")[2]: value for key, value in flat.items() if key.rpartition("/")[0] == name}
-            state |= {i: entries} if entries else {}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, p in policy.parameters().items():
+            p.data.copy_(weights[name])
+        for name, value in load_file(directory / "adamw.safetensors").items():
+            i, _, key = name.partition(".")
+            state.setdefault(int(i), {})[key] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         lines = [line for line in self.lines("metrics.jsonl") if line["step"] <= step and line.get("split") != "test"]
-        self.rewrite("metrics.jsonl", lines)
-        self.best = max([line["win_rate"] for line in lines if "win_rate" in line], default=-math.inf)
-        return step, self.kept(data, torch.float64 if self.settings.dtype == "float64" else torch.float32)
+        self.write("metrics.jsonl", lines, "w")
+        self.best = max((line["win_rate"] for line in lines if "win_rate" in line), default=-math.inf)
+        return step, self.kept(data)
 
     def finished(self):
         return any(line.get("split") == "test" for line in self.lines("metrics.jsonl"))
 
     def report(self):
-        """report.png: what is to be watched, over updates."""
+        """report.png: what to watch, over updates. Grey: on D_t, a moving mean. Black: evaluations on validation."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
         lines = self.lines("metrics.jsonl")
-        updates, evaluations = [line for line in lines if "loss" in line], [line for line in lines if line.get("split") == "validation"]
+        updates, evaluations = ([line for line in lines if key in line] for key in ("loss", "split"))
+        evaluations = [line for line in evaluations if line["split"] == "validation"]
         figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-        panels = (
-            ("win-rate against gold, per cent", [], ["win_rate"]), ("mean reward", ["reward"], ["reward"]), ("KL to the prior, nats", ["kl_to_prior"], ["kl_to_prior"]),
-            ("loss on D_t and held-out D_n, nats", ["loss"], ["self_normalized_kl"]), ("effective sample size", ["ess_alpha", "ess_beta"], []),
-            ("share of outputs that ended", ["ended"], []),
-        )  # fmt: skip
-        for axis, (title, of_updates, of_evaluations) in zip(axes.flat, panels):
-            for name, style in zip(of_updates, ("-", "--")):
-                steps, values = [line["step"] for line in updates], np.array([line[name] for line in updates])
-                window = max(1, len(values) // 50)
-                if len(values):
-                    axis.plot(steps[window - 1 :], np.convolve(values, np.ones(window) / window, "valid"), style, color="0.55", label=f"{name}, D_t, mean of {window}")
-            for name in of_evaluations:
-                there = [line for line in evaluations if name in line]
-                error = [line["win_rate_half_width"] for line in there] if name == "win_rate" else None
-                if there:
-                    axis.errorbar([line["step"] for line in there], [line[name] for line in there], yerr=error, fmt="o-", color="black", capsize=3, label=f"{name}, validation")
-            axis.set(title=title, xlabel="update")
+        panels = {"win-rate against gold, %": ["win_rate"], "mean reward": ["reward"], "KL to the prior, nats": ["kl_to_prior"],
+                  "D_n, nats: on D_t (the loss) and held out": ["loss", "self_normalized_kl"],
+                  "effective sample size": ["ess_alpha", "ess_beta"], "share of outputs that ended": ["ended"]}  # fmt: skip
+        for axis, (title, names) in zip(axes.flat, panels.items()):
+            for name, style in zip(names, ("-", "--")):
+                window = max(1, len(updates) // 50)
+                if updates and name in updates[0]:
+                    means = np.convolve([line[name] for line in updates], np.ones(window) / window, "valid")
+                    steps = [line["step"] for line in updates[window - 1 :]]
+                    axis.plot(steps, means, style, color="0.55", label=f"{name} on D_t, mean of {window}")
+                points = [(line["step"], line[name], line["win_rate_half_width"] if name == "win_rate" else 0) for line in evaluations if name in line]
+                if points:
+                    steps, values, errors = zip(*points)
+                    axis.errorbar(steps, values, errors, fmt="o-", color="black", capsize=3, label=f"{name}, validation")
+            axis.set(title=title, xlabel="updates")
             if axis.has_data():
                 axis.legend(fontsize=8)
-            else:
-                axis.text(0.5, 0.5, "no gold answers" if "win" in title else "no updates", ha="center", transform=axis.transAxes)
         figure.savefig(self.path / "report.png", dpi=100)
         plt.close(figure)
 
@@ -1370,442 +1404,350 @@ class Run:
 # ------------------------------------------------------------------------------------------
 # 9. The command line
 
-COMPANIONS = {  # what the paper used with a model (appendix B); every entry is a default that its flag overrides
-    "CarperAI/openai_summarize_tldr_sft": dict(
-        tokenizer="EleutherAI/gpt-j-6B",
+COMPANIONS = {  # what goes with a model; each entry is a default that its flag overrides, recorded in config.json
+    "CarperAI/openai_summarize_tldr_sft": dict(  # the paper's summarisation (appendix B)
+        tokenizer="EleutherAI/gpt-j-6B",  # the model comes without one
         reward_model="CarperAI/openai_summarize_tldr_rm_checkpoint",
         reward_base="CarperAI/openai_summarize_tldr_sft",
-        # Trained on text with an end token behind, read before it; a causal score there does not see what follows.
+        # It was trained with an end token behind the text and read before it: a causal score there does not see it.
         reward_template="<|startoftext|>{prompt}{output}",
         dataset="CarperAI/openai_summarize_tldr",
         pairs_dataset="CarperAI/openai_summarize_comparisons",
-        max_prompt_tokens=500,
-        max_new_tokens=50,
-        lora_rank=8,
-        lora_alpha=32,
+        max_prompt_tokens=500, max_new_tokens=50, lora_rank=8, lora_alpha=32,
     ),
-    "timdettmers/qlora-hh-rlhf-7b": dict(
+    "timdettmers/qlora-hh-rlhf-7b": dict(  # the paper's dialogue: the prior is an adapter on Llama-7B
         reward_model="Dahoas/gptj-rm-static",
         reward_base="EleutherAI/gpt-j-6B",
         reward_template="{prompt}{output}<|endoftext|>",  # this one was read at the end token
         dataset="Dahoas/rm-static",
-        max_prompt_tokens=500,
-        max_new_tokens=128,
-        lora_rank=64,
-        lora_alpha=16,
+        max_prompt_tokens=500, max_new_tokens=128, lora_rank=64, lora_alpha=16,
     ),
     "toy": dict(
-        iterations=4,
-        prompts_per_iteration=64,
-        updates_per_iteration=75,
-        learning_rate=1e-3,
-        lora_rank=0,
-        eval_every=75,
-        weight_decay=0.0,
+        iterations=4, prompts_per_iteration=64, updates_per_iteration=75, eval_every=75, learning_rate=1e-3,
+        weight_decay=0.0, lora_rank=0, max_prompt_tokens=2, max_new_tokens=4,
     ),
-}
+}  # fmt: skip
 
 
-def setting(default, text, least=None, most=None, one_of=None):
-    """A field of Settings; None as default of the dataclass marks "not given" (its real default stands in the help)."""
+def setting(default, text, least=None, below=None, one_of=None):
+    """A field of Settings. Its value is None until it is typed, so that companions override only what was not."""
     shown = "" if default is None else f" (default: {default})"
-    return field(default=None, metadata={"help": text + shown, "real": default, "least": least, "most": most, "one_of": one_of})
+    rules = {"real": default, "least": least, "below": below, "one_of": one_of}
+    return field(default=None, metadata={"help": text.replace("%", "%%") + shown} | rules)
 
 
 @dataclass
 class Settings:
-    """Every setting once. What the paper fixes is marked (paper)."""
+    """Every setting, once. (paper): as in appendix B.2 and section 8; e, m, k and the batch size are ours (departure 5)."""
 
-    model: str = setting("toy", "toy, or a causal LM (or LoRA adapter): hub name or directory")
-    base_model: str | None = setting(None, "for an adapter whose own base is not wanted: the base to put it on")
+    model: str = setting("toy", "toy, or a causal LM or LoRA adapter: hub name or directory")
+    base_model: str | None = setting(None, "for an adapter: its base, where the one that it names is not wanted")
     tokenizer: str | None = setting(None, "for a model that comes without one")
-    reward_model: str | None = setting(None, "sequence classifier with one label, or a bare checkpoint with --reward-base")
-    reward_base: str | None = setting(None, "model that gives config and tokenizer to a bare reward checkpoint")
-    reward_template: str | None = setting(None, "text with {prompt} and {output}; r is read at its last token (default: {prompt}{output})")
-    reward_function: str | None = setting(None, "file.py:name, f(prompts, completions, **columns) -> list of floats, in place of a reward model")
-    goodness: str = setting("bradley-terry", "p(G=1|y,x) from the reward: bradley-terry or logistic", one_of=("bradley-terry", "logistic"))
+    reward_model: str | None = setting(None, "classifier with one label, or a bare checkpoint (with --reward-base)")
+    reward_base: str | None = setting(None, "the model whose config and tokenizer a bare reward checkpoint has")
+    reward_template: str | None = setting(None, "r is read at the last token of this (default: {prompt}{output})")
+    reward_function: str | None = setting(None, "file.py:name in place of a model: f(prompts, completions, **columns)")
+    goodness: str = setting("bradley-terry", "p(G=1|y,x) from r", one_of=("bradley-terry", "logistic"))
     dataset: str | None = setting(None, "hub name, directory, .jsonl, .parquet or .csv with a column prompt")
-    pairs_dataset: str | None = setting(None, "for --method dpo: preference pairs, where --dataset has none")
+    pairs_dataset: str | None = setting(None, "for --method dpo: pairs to train on, where --dataset has none")
     method: str = setting("brain", "one of " + ", ".join(METHODS), one_of=tuple(METHODS))
     output_dir: str | None = setting(None, "where the run is written (default: a new directory under runs/)")
     resume: bool = field(default=False, metadata={"help": "go on with the run in --output-dir"})
     overwrite: bool = field(default=False, metadata={"help": "replace the run in --output-dir"})
-    seed: int = setting(0, "of everything random", 0)
-    device: str | None = setting(None, "cpu, cuda, cuda:1 (default: cuda where there is one)")
-    dtype: str | None = setting(None, "float32, bfloat16, float16, float64 (default: bfloat16 for LoRA on a GPU, else float32)", one_of=("float32", "bfloat16", "float16", "float64"))  # fmt: skip
-    iterations: int = setting(4, "e, rounds of sampling and updates; 0: evaluate only", 0)
-    prompts_per_iteration: int = setting(1000, "m, prompts sampled in a round", 1)
-    samples_per_prompt: int = setting(32, "n, outputs per prompt (paper: 32)", 2)
-    updates_per_iteration: int = setting(1000, "k, updates in a round", 1)
-    batch_size: int = setting(8, "prompts per update", 1)
+    seed: int = setting(0, "of all random numbers", 0)
+    device: str | None = setting(None, "cpu, cuda or cuda:1 (default: cuda where there is one)")
+    dtype: str | None = setting(
+        None, "of the models (default: bfloat16 for LoRA on a GPU, else float32)", one_of=("float32", "bfloat16", "float16", "float64")
+    )
+    iterations: int = setting(4, "e: rounds of sampling and updates; 0: evaluate only", 0)
+    prompts_per_iteration: int = setting(1000, "m: prompts sampled for in a round", 1)
+    samples_per_prompt: int = setting(32, "n: outputs per prompt (paper: 32)", 2)
+    updates_per_iteration: int = setting(1000, "k: updates in a round", 1)
+    batch_size: int = setting(8, "prompts in an update", 1)
     max_prompt_tokens: int | None = setting(None, "longer prompts are left out (default: what the context leaves)", 1)
     max_new_tokens: int = setting(64, "outputs are cut there", 1)
     learning_rate: float = setting(1e-5, "AdamW (paper: 1e-5)", 0)
     weight_decay: float = setting(0.1, "AdamW (paper: 0.1)", 0)
     adam_beta1: float = setting(0.9, "AdamW (paper: 0.9)", 0, 1)
     adam_beta2: float = setting(0.95, "AdamW (paper: 0.95)", 0, 1)
-    lora_rank: int = setting(8, "LoRA (paper: 8 for summaries, 64 for dialogue); 0: train all weights", 0)
+    lora_rank: int = setting(8, "0: train all weights (paper: 8 for summaries, 64 for dialogue)", 0)
     lora_alpha: int = setting(32, "LoRA's scale is alpha / rank (paper: 32 and 16)", 1)
-    load_in_4bit: bool = field(default=False, metadata={"help": "base weights in 4 bits (QLoRA); needs a GPU and bitsandbytes"})
-    outputs_per_forward: int | None = setting(None, "bounds memory: outputs that go through the model at once (default: all n)", 1)
-    eval_prompts: int = setting(500, "prompts per evaluation; 0: all of the split", 0)
+    load_in_4bit: bool = field(default=False, metadata={"help": "base weights in 4 bits; needs a GPU and bitsandbytes"})
+    outputs_per_forward: int | None = setting(None, "bounds memory: outputs in the model at once (default: all n)", 1)
+    eval_prompts: int = setting(500, "prompts per evaluation; 0: the whole split", 0)
     eval_every: int = setting(1000, "updates between evaluations (paper: 1000)", 1)
     greedy: bool = field(default=False, metadata={"help": "evaluate the most likely output, not a sampled one"})
-
-
-NOT_COMPARED = ("output_dir", "resume", "overwrite", "device")  # may differ between a run and its --resume
-
-
-def parse(argv):
-    """Command line -> Settings: what was typed, else the model's companion, else the default. UserError with a mend."""
-    from transformers import HfArgumentParser
-
-    class Parser(HfArgumentParser):
-        def add_argument(self, *names, real=None, least=None, most=None, one_of=None, **known):  # ours, not argparse's
-            return super().add_argument(*names, **known)
-
-        def error(self, message):
-            refuse(message + "; see --help")
-
-    parser = Parser(Settings, description="BRAIn: train a policy to be the posterior p(y|x, G=1).", allow_abbrev=False)
-    settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        close = difflib.get_close_matches(unknown[0].split("=")[0].replace("_", "-"), [o for o in parser._option_string_actions if "_" not in o], 1)
-        refuse(f"{unknown[0]}: no such flag" + (f"; did you mean {close[0]}?" if close else "; see --help"))
-    companions = dict(COMPANIONS.get(settings.model or "toy", {}))
-    if settings.reward_model or settings.reward_function:  # another reward: its companions' template says nothing about it
-        companions = {name: value for name, value in companions.items() if not name.startswith("reward_")}
-    if settings.dataset:
-        companions.pop("pairs_dataset", None)
-    for f in dataclasses.fields(Settings):
-        value = getattr(settings, f.name)
-        if value is None:
-            setattr(settings, f.name, companions.get(f.name, f.metadata.get("real")))
-        elif f.metadata.get("one_of") and value not in f.metadata["one_of"]:
-            close = difflib.get_close_matches(value, f.metadata["one_of"], 1)
-            refuse(f"{flag(f.name)} {value}: " + (f"did you mean {close[0]}? " if close else "") + f"one of {', '.join(f.metadata['choices_'])}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            least, most = f.metadata["least"], f.metadata["most"]
-            if not math.isfinite(value) or value < least or most is not None and value >= most:
-                why = ": with one output alpha_hat = beta_hat = 1 and D_1 is 0 for every policy (Theorem 4.3 needs n >= 2)" if f.name == "samples_per_prompt" else ""
-                refuse(f"{flag(f.name)} {value}: must be at least {least}" + (f" and below {most}" if most is not None else "") + why)
-    check_together(settings)
-    return settings
 
 
 def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def check_together(s):
-    """Settings that are each in range but do not go together."""
+def parse(argv):
+    """Command line -> Settings: what was typed, else the model's companion, else the default. UserError names the mend."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names, real=None, least=None, below=None, one_of=None, **known):
+            return super().add_argument(*names, **known)  # without our rules
+
+        def error(self, message):
+            refuse(message + "; see --help")
+
+    parser = Parser(Settings, description="BRAIn: train a policy to be the posterior p(y|x, G=1).", allow_abbrev=False)
+    s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], [flag(f.name) for f in dataclasses.fields(s)], 1)
+        refuse(f"{unknown[0]}: no such flag; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    companions = {"samples_per_prompt": 2} if s.method == "dpo" else {}  # a pair is what the data has
+    companions |= COMPANIONS.get(s.model or "toy", {})
+    if s.reward_model or s.reward_function:  # another reward than the companion, so not with its base and template
+        companions = {name: value for name, value in companions.items() if not name.startswith("reward_")}
+    if s.dataset:
+        companions.pop("pairs_dataset", None)
+    s.typed = {f.name for f in dataclasses.fields(s) if getattr(s, f.name) is not None}
+    for f in dataclasses.fields(s):
+        value, rules = getattr(s, f.name), f.metadata
+        if value is None:
+            setattr(s, f.name, companions.get(f.name, rules.get("real")))
+        elif rules.get("one_of") and value not in rules["one_of"]:
+            near = difflib.get_close_matches(value, rules["one_of"], 1)
+            refuse(f"{flag(f.name)} {value}: " + (f"did you mean {near[0]}? " if near else "") + "one of " + ", ".join(rules["one_of"]))
+        elif rules.get("least") is not None and not (rules["least"] <= value < (rules["below"] or math.inf)):
+            why = " and D_1 is 0 for every policy (Theorem 4.3 needs two outputs)" if f.name == "samples_per_prompt" else ""
+            refuse(f"{flag(f.name)} {value}: must be at least {rules['least']}{f' and below 1' if rules['below'] else ''}{why}")
+    check(s)
+    return s
+
+
+def check(s):
+    """Refuses settings that are each in range but do not go together, and settles device and dtype."""
     method = METHODS[s.method]
-    if method.source == "data":
-        s.samples_per_prompt = 2  # the data's pair
+    given = [name for name in TOY_HAS if getattr(s, name)]
+    if s.model == "toy" and given:
+        refuse(f"{flag(given[0])}: the toy world has its own; name a model with --model, or leave it out")
+    if s.model != "toy" and s.dataset is None:
+        refuse("--dataset: missing; give prompts for --model (hub name, directory, .jsonl, .parquet or .csv)")
+    if s.model != "toy" and bool(s.reward_model) == bool(s.reward_function):
+        refuse("--reward-model or --reward-function: give one of them" + (", not both" if s.reward_model else ""))
+    if method.source == "data" and s.samples_per_prompt != 2:
+        refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} has the pairs of the data; leave it out")
     if method.group_size and s.samples_per_prompt % method.group_size:
-        refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} needs pairs, so an even number")
+        refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} makes pairs; give an even number")
     if s.learning_rate == 0:
-        refuse("--learning-rate 0: nothing would be learned; to evaluate only, use --iterations 0")
-    if s.model == "toy":
-        given = [name for name in ("base_model", "tokenizer", "reward_model", "reward_base", "reward_template", "reward_function", "dataset", "pairs_dataset")
-                 if getattr(s, name) is not None]  # fmt: skip
-        if given or s.load_in_4bit or s.lora_rank:
-            refuse(f"{flag((given or ['load_in_4bit' if s.load_in_4bit else 'lora_rank'])[0])}: the toy world has its own; name a model with --model")
-    else:
-        if s.dataset is None:
-            refuse(f"--dataset: name the prompts for --model {s.model} (hub name, directory, .jsonl, .parquet or .csv)")
-        if (s.reward_model is None) == (s.reward_function is None):
-            refuse("--reward-model and --reward-function: give one of them" + (", not both" if s.reward_model else ""))
-    if s.reward_template is not None:
-        names = set(re.findall(r"\{([^{}]*)\}", s.reward_template))
-        if "output" not in names:
-            refuse(f"--reward-template {s.reward_template}: must contain {{output}}, and {{prompt}} where the prompt belongs")
-        if names - {"prompt", "output"}:
-            refuse(f"--reward-template {s.reward_template}: {{{min(names - {'prompt', 'output'})}}} is unknown; only {{prompt}} and {{output}} are filled in")
-    if s.resume and s.overwrite:
-        refuse("--resume and --overwrite: one goes on with a run, the other replaces it; give one of them")
-    if s.resume and s.output_dir is None:
-        refuse("--resume: name the run to go on with, --output-dir DIRECTORY")
-    if s.device is None:
-        s.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        cuda = torch.device(s.device).type == "cuda"
-    except RuntimeError:
-        refuse(f"--device {s.device}: no such device; cpu, cuda or cuda:1")
-    if cuda and not torch.cuda.is_available():
-        refuse(f"--device {s.device}: there is no GPU here; use --device cpu")
-    if s.load_in_4bit and (not cuda or importlib.util.find_spec("bitsandbytes") is None):
-        refuse("--load-in-4bit: needs a GPU and `pip install bitsandbytes`; leave it out")
-    if s.load_in_4bit and not s.lora_rank:
-        refuse("--load-in-4bit: 4-bit weights cannot be trained; use --lora-rank 1 or more")
-    if s.dtype is None:  # all weights in bfloat16 at 1e-5 round most updates away
-        s.dtype = "bfloat16" if cuda and s.lora_rank else "float32"
+        refuse("--learning-rate 0: must be above 0; to evaluate alone, give --iterations 0")
+    template = s.reward_template or "{prompt}{output}"
+    unknown = set(re.findall(r"\{([^{}]*)\}", template)) - {"prompt", "output"}
+    if unknown or "{output}" not in template:
+        refuse(f"--reward-template {template}: needs {{output}}, may have {{prompt}}, and no other braces")
+    if s.resume and (s.overwrite or not s.output_dir):
+        refuse("--resume: " + ("not with --overwrite; give one of them" if s.overwrite else "which run? give its --output-dir"))
+    s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", s.device):
+        refuse(f"--device {s.device}: give cpu, cuda or cuda:1")
+    gpu = s.device != "cpu"
+    if gpu and not torch.cuda.is_available():
+        refuse(f"--device {s.device}: no GPU is to be seen; give --device cpu")
+    if s.load_in_4bit and not (gpu and importlib.util.find_spec("bitsandbytes") and s.lora_rank):
+        refuse("--load-in-4bit: needs a GPU, `pip install bitsandbytes` and a --lora-rank above 0; leave it out")
+    s.dtype = s.dtype or ("bfloat16" if gpu and s.lora_rank else "float32")  # bfloat16 weights round 1e-5 away
 
 
-def first_line(error):
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+TOY_HAS = ("base_model", "tokenizer", "reward_model", "reward_base", "reward_template", "reward_function", "dataset")
+TOY_HAS += ("pairs_dataset", "load_in_4bit", "lora_rank")
 
 
-def load(kind, name, flag_name, **arguments):
-    """kind.from_pretrained(name); what is missing or does not fit ends in one line. Never runs code that comes with a model."""
-    model = hasattr(kind, "_model_mapping") and "config" not in kind.__name__.lower()
-    if model:
-        arguments["output_loading_info"] = True
-    try:
-        loaded = kind.from_pretrained(name, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        refuse(f"{flag_name} {name}: cannot be loaded ({first_line(error)})")
-    if not model:
-        return loaded
-    loaded, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:  # transformers fills them with random numbers
-        refuse(f"{flag_name} {name}: lacks weights of {type(loaded).__name__}, such as {min(map(str, info['missing_keys'] or info['mismatched_keys']))}")
-    return loaded
+def base_of(s):
+    """(the model that has the weights, the adapter on it or None)."""
+    config = find(s.model, "adapter_config.json")
+    if config is None and s.base_model:
+        refuse(f"--base-model: {s.model} is not an adapter; leave it out")
+    if config is None:
+        return s.model, None
+    config = json.loads(Path(config).read_text())
+    base = s.base_model or config.get("base_model_name_or_path") or refuse(f"--model {s.model}: does not name its base; give --base-model")
+    for name, own in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])) if s.lora_rank else ():
+        if name in s.typed and getattr(s, name) != own:
+            refuse(f"{flag(name)} {getattr(s, name)}: the policy starts as a copy of the adapter {s.model}, which has {own}; leave it out")
+        setattr(s, name, own)
+    return base, s.model
 
 
-def load_tokenizer(name, fallback, flag_name):
-    """The tokenizer of a model, or `fallback` where it has none (GPT-J's fine-tunes often come without)."""
-    from transformers import AutoTokenizer
-    from transformers.utils import cached_file
-
-    def has_one(place):
-        quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False)
-        return any(cached_file(place, file, **quiet) for file in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json"))
-
-    try:
-        place = name if fallback is None or has_one(name) else fallback
-        if not has_one(place):
-            refuse(f"{flag_name} {place}: has no tokenizer; name one with --tokenizer")
-    except OSError as error:
-        refuse(f"{flag_name} {name}: cannot be loaded ({first_line(error)})")
-    tokenizer = load(AutoTokenizer, place, flag_name)
-    if tokenizer.eos_token_id is None:
-        refuse(f"{flag_name} {place}: its tokenizer has no end token, so no output could end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-@dataclass
-class Sizes:
-    """What a model takes, from its config: exact, and computed without weights (torch's meta device)."""
-
-    weights: int
-    trained: int  # of the adapter, or all
-    cache_per_token: int  # numbers in keys and values of all layers
-    context: float
-
-
-def sizes_of(kind, config, lora_rank=None, **arguments):
+def weigh(kind, config, rank=0):
+    """(weights, trained weights, numbers in the cache of a token): exact, from a model without storage."""
     with torch.device("meta"):
-        model = kind.from_config(config, **arguments)
+        model = kind.from_config(config)
         weights = sum(p.numel() for p in model.parameters())
         output = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
-    layers = getattr(getattr(output, "past_key_values", None), "layers", None) or []
-    cache = sum(k.keys.numel() + k.values.numel() for k in layers if getattr(k, "keys", None) is not None)
-    if lora_rank:
-        model = add_adapter(model, lora_rank, lora_rank)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Sizes(weights, trained, cache, getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf)
+        layers = getattr(getattr(output, "past_key_values", None), "layers", ())
+        cache = sum(t.numel() for k in layers for t in (getattr(k, "keys", None), getattr(k, "values", None)) if t is not None)
+        model = add_adapter(model, rank, rank) if rank else model
+    return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), cache
 
 
-def plan(settings, base):
-    """Prints what is about to happen, before anything large is downloaded or loaded; sets the prompt's length."""
+def plan(s, base):
+    """Says what is about to happen, before anything large is downloaded or loaded. Settles --max-prompt-tokens."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    s, bytes_each = settings, {"float64": 8, "float32": 4}.get(settings.dtype, 2)
     config = load(AutoConfig, base, "--model")
-    policy = sizes_of(AutoModelForCausalLM, config, s.lora_rank)
-    room = policy.context - s.max_new_tokens
+    room = context_of(config) - s.max_new_tokens
     if room < 1:
-        refuse(f"--max-new-tokens {s.max_new_tokens}: leaves no room for a prompt in the context of {policy.context}; lower it")
+        refuse(f"--max-new-tokens {s.max_new_tokens}: leaves no room for a prompt in the context of {context_of(config)}; lower it")
     s.max_prompt_tokens = int(min(s.max_prompt_tokens or room, room, 2**20))
-    gb = lambda count: f"{count / 1e9:.2f} GB" if count > 5e7 else f"{count / 1e6:.2f} MB"  # noqa: E731
-    n, e, m, k = s.samples_per_prompt, s.iterations, s.prompts_per_iteration, s.updates_per_iteration
-    length = s.max_prompt_tokens + s.max_new_tokens
-    at_once = min(n, s.outputs_per_forward or n)
-    rows = [(f"p and q_theta: {s.model}, {policy.weights:,} weights, {'4 bits' if s.load_in_4bit else s.dtype}",
-             policy.weights * (0.5 if s.load_in_4bit else bytes_each))]  # fmt: skip
-    each = 4 if s.lora_rank and bytes_each == 2 else bytes_each  # peft keeps an adapter in float32
+    weights, trained, cache = weigh(AutoModelForCausalLM, config, s.lora_rank)
+    size = {"float64": 8, "float32": 4}.get(s.dtype, 2)  # bytes of a number
+    adam = max(size, 4) if s.lora_rank else size  # peft keeps an adapter in float32
+    n = min(s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt)
+    parts = {f"policy and prior: {s.model}, {weights:,} weights in {'4 bits' if s.load_in_4bit else s.dtype}": weights * (0.5 if s.load_in_4bit else size)}
     if s.lora_rank:
-        rows.append((f"adapter of rank {s.lora_rank}: {policy.trained:,} weights, with gradient and AdamW's two moments", 4 * each * policy.trained))
+        parts[f"adapter of rank {s.lora_rank}: {trained:,} weights, gradient, AdamW's two moments"] = 4 * adam * trained
     else:
-        rows.append(("all weights are trained: the prior's copy, gradient and AdamW's two moments", 4 * each * policy.trained))
+        parts["all weights are trained: the prior's copy, gradient, AdamW's two moments"] = 4 * adam * trained
     if s.reward_model:
-        if bare_checkpoint(s.reward_model) is not None and s.reward_base is None:
-            refuse(f"--reward-model {s.reward_model}: is weights alone, without config and tokenizer; name the model it was trained from with --reward-base")
-        source = s.reward_model if bare_checkpoint(s.reward_model) is None else s.reward_base
-        reward_config = load(AutoConfig, source, "--reward-model" if source == s.reward_model else "--reward-base", num_labels=1)
-        reward = sizes_of(AutoModelForSequenceClassification, reward_config)
-        rows.append((f"r: {s.reward_model}, {reward.weights:,} weights", reward.weights * bytes_each))
-    else:
-        rows.append((f"r: {s.reward_function}", 0))
-    rows.append((f"cache of {at_once} outputs of {s.max_prompt_tokens} + {s.max_new_tokens} tokens", policy.cache_per_token * bytes_each * at_once * length))
-    print(f"data: {s.dataset}" + (f", pairs of {s.pairs_dataset}" if s.pairs_dataset and s.method == "dpo" else ""))
-    print(f"{s.method}: {e} rounds of {m} prompts with {n} outputs each = {e * m * n:,} samples; {e} x {k} updates of {s.batch_size} prompts")
-    for what, count in rows:
-        print(f"  {what}" + (f": {gb(count)}" if count else ""))
-    print(f"  together {gb(sum(count for _, count in rows))}; activations come on top (--outputs-per-forward bounds them)", flush=True)
+        source = s.reward_base if bare_checkpoint(s.reward_model) else s.reward_model
+        if source is None:
+            refuse(f"--reward-model {s.reward_model}: is weights alone; name the model it was trained from with --reward-base")
+        config = load(AutoConfig, source, "--reward-model" if source == s.reward_model else "--reward-base", num_labels=1)
+        count = weigh(AutoModelForSequenceClassification, config)[0]
+        parts[f"reward: {s.reward_model}, {count:,} weights in {s.dtype}"] = size * count
+    parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * (s.max_prompt_tokens + s.max_new_tokens)
+    e, m, k = s.iterations, s.prompts_per_iteration, s.updates_per_iteration
+    samples = f"{e} rounds of {m:,} prompts x {s.samples_per_prompt} outputs = {e * m * s.samples_per_prompt:,} samples"
+    print(f"{s.method} on {s.dataset}: {samples}; {e} x {k:,} updates of {s.batch_size} prompts")
+    for what, count in (parts | {"together; activations come on top (--outputs-per-forward bounds them)": sum(parts.values())}).items():
+        print(f"{count / 1e9:9.3f} GB  {what}", flush=True)
 
 
-def load_policy(settings, base, adapter, tokenizer):
-    """The causal LM of --model, an adapter on its base where it is one, as Policy."""
+def load_models(s, base, adapter, tokenizer):
+    """-> (policy, reward) of a real run."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    arguments = {"dtype": getattr(torch, settings.dtype)}
-    if settings.load_in_4bit:
-        arguments |= {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=arguments["dtype"]),
-                      "device_map": {"": settings.device}}  # fmt: skip
-    model = load(AutoModelForCausalLM, base, "--model" if not adapter else "--base-model", **arguments)
-    if not settings.load_in_4bit:
-        model = model.to(settings.device)
-    if adapter:
-        from peft import PeftModel
+    dtype = getattr(torch, s.dtype)
+    if s.reward_function:
+        reward = RewardFunction.from_file(s.reward_function)
+    else:
+        reward = RewardModel.from_pretrained(s.reward_model, s.reward_base, s.reward_template, s.tokenizer, dtype, s.device)
+    arguments = {"dtype": dtype}
+    if s.load_in_4bit:
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        arguments |= {"quantization_config": four, "device_map": {"": s.device}}
+    model = load(AutoModelForCausalLM, base, "--base-model" if adapter else "--model", **arguments)
+    model = model if s.load_in_4bit else model.to(s.device)
+    try:
+        if adapter:
+            from peft import PeftModel
 
-        try:
             model = PeftModel.from_pretrained(model, adapter)
-        except (OSError, ValueError, RuntimeError) as error:
-            refuse(f"--model {adapter}: this adapter does not go on {base} ({first_line(error)})")
-    try:
-        return Policy(model, tokenizer, settings.lora_rank, settings.lora_alpha, settings.outputs_per_forward)
-    except ValueError as error:
-        refuse(f"--lora-rank: {error}")
+        return Policy(model, tokenizer, s.lora_rank, s.lora_alpha, s.outputs_per_forward), reward
+    except (OSError, ValueError, RuntimeError) as error:
+        refuse(f"--model {s.model}: {first_line(error)}; see --base-model, --lora-rank and --lora-alpha")
 
 
-def base_of(settings):
-    """(name of the model with the weights, name of the adapter on it or None)."""
-    from transformers.utils.peft_utils import find_adapter_config_file
+def open_directory(s):
+    """Where to write, and whether there is a run to go on with. Refuses what must not be touched; touches nothing."""
+    path = Path(s.output_dir or "runs/" + re.sub(r"\W", "-", f"{s.model}-{s.method}-") + time.strftime("%Y%m%d-%H%M%S"))
+    config = path / "config.json"
+    if s.resume:
+        if not config.exists():
+            refuse(f"--resume: {path} holds no run; start it without --resume")
+        before, now = json.loads(config.read_text()), dataclasses.asdict(s)
+        free = ("output_dir", "resume", "overwrite", "device")  # may be others than at the start
+        changed = [f"{flag(name)} was {before.get(name)}, not {now[name]}" for name in now if name not in free and before.get(name) != now[name]]
+        if changed:
+            refuse(f"--resume: {config} has other settings: " + "; ".join(changed))
+    elif config.exists() and not s.overwrite:
+        refuse(f"--output-dir {path}: holds a run; go on with it (--resume), replace it (--overwrite), or name another")
+    elif path.exists() and not config.exists() and (not path.is_dir() or any(path.iterdir())):
+        refuse(f"--output-dir {path}: holds other files; name another")
+    return path
 
-    try:
-        found = find_adapter_config_file(settings.model)
-    except (OSError, ValueError):
-        found = None
-    if not found:
-        if settings.base_model:
-            refuse(f"--base-model: {settings.model} is not an adapter, it has no base")
-        return settings.model, None
-    named = json.loads(Path(found).read_text()).get("base_model_name_or_path")
-    return settings.base_model or named or refuse(f"--model {settings.model}: this adapter names no base; give --base-model"), settings.model
 
-
-def versions():
-    """What a number depends on beside the settings."""
+def prepare(path, s, argv):
+    """The directory, empty but for config.json: settings, then what else a number depends on."""
     import transformers
 
-    found = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
-    git = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found | {"commit": git.stdout.strip() or None, "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()}
-
-
-def open_directory(settings):
-    """Checks --output-dir; nothing is touched yet. -> (path, whether it holds a run to go on with)"""
-    if settings.output_dir is None:
-        name = f"{Path(settings.model).name}-{settings.method}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return Path("runs", re.sub(r"[^\w.+-]", "_", name)), False
-    path = Path(settings.output_dir)
-    config = path / "config.json"
-    if settings.resume:
-        if not config.exists():
-            refuse(f"--resume: {path} holds no run (no config.json); start it without --resume")
-        before, now = json.loads(config.read_text()), dataclasses.asdict(settings)
-        changed = [name for name in now if name not in NOT_COMPARED and before.get(name) != now[name]]
-        if changed:
-            told = "; ".join(f"{flag(name)} was {before.get(name)}, now {now[name]}" for name in changed)
-            refuse(f"--resume: other settings than in {config}: {told}")
-    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if not (settings.overwrite and config.exists()):
-            why = "give --resume to go on with it, --overwrite to replace it, or another directory" if config.exists() else "is not a run; give another directory"
-            refuse(f"--output-dir {path}: is in use; {why}" if config.exists() else f"--output-dir {path}: {why}")
-    return path, settings.resume
-
-
-def prepare(path, resumed, settings, argv):
-    """The directory itself, at the first moment when nothing can be refused any more."""
     path.mkdir(parents=True, exist_ok=True)
-    if not resumed:
-        for name in RUN_FILES:
-            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
-        command = "python brain.py " + " ".join(argv)
-        (path / "config.json").write_text(json.dumps(dataclasses.asdict(settings) | versions() | {"command": command.strip()}, indent=1) + "\n")
+    for name in RUN_FILES:
+        shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    made = {"command": " ".join(["python brain.py", *map(str, argv)]), "commit": None if git.returncode else git.stdout.strip()}
+    made |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    made |= {"numpy": np.__version__, "machine": torch.cuda.get_device_name() if s.device != "cpu" else platform.machine()}
+    (path / "config.json").write_text(json.dumps(dataclasses.asdict(s) | made, indent=1) + "\n")
 
 
-def start_processes(settings):
-    """Under torchrun: joins the other processes, each on a GPU of its own where there are some."""
-    if "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
-        if settings.device == "cuda":
-            settings.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(settings.device)
-        torch.distributed.init_process_group("nccl" if settings.device.startswith("cuda") else "gloo")
-
-
-def run(settings, argv):
-    """Everything between the command line and the report."""
-    path, resumed = open_directory(settings)
-    start_processes(settings)
-    if torch.distributed.is_initialized():  # one clock, one name
-        name = [str(path)]
-        torch.distributed.broadcast_object_list(name)
-        path = Path(name[0])
-    state = Run(path, settings)
-    finished = resumed and state.finished()
-    if finished:
-        state.report()
-        print(f"{path}: this run is finished; its best model is in {path / 'model'}")
+def join_processes(s):
+    """Under torchrun: one of several processes, on a GPU of its own where there are some. The first one speaks."""
+    if "LOCAL_RANK" not in os.environ or torch.distributed.is_initialized():
         return
-    toy = None
-    if settings.model == "toy":
+    if s.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo")
+    if torch.distributed.get_rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def execute(s, argv):
+    """From settings to a report."""
+    toy = adapter = None
+    if s.model == "toy":
         from toy.world import Toy
 
-        toy = Toy(settings.seed, settings.dtype)
-        settings.max_new_tokens = settings.max_prompt_tokens = toy.world.length
-        policy, reward = Policy(toy.model, toy.tokenizer, outputs_per_forward=settings.outputs_per_forward), RewardFunction(toy.world.reward_of, "toy")
-        (train_data, validation, test), lines = load_data(settings, toy.tokenizer, toy.splits())
+        toy = Toy(s.seed, s.dtype)
     else:
-        base, adapter = base_of(settings)
-        plan(settings, base)
-        tokenizer = load_tokenizer(settings.model if not adapter else base, settings.tokenizer, "--model")
-        (train_data, validation, test), lines = load_data(settings, tokenizer)
-        reward = RewardFunction.from_file(settings.reward_function) if settings.reward_function else RewardModel.from_pretrained(
-            settings.reward_model, settings.reward_base, settings.reward_template, settings.tokenizer, getattr(torch, settings.dtype), settings.device)  # fmt: skip
-        policy = load_policy(settings, base, adapter, tokenizer)
-    if state.rank == 0:
-        print("\n".join(lines))
-        prepare(path, resumed, settings, argv)
-        print(f"run: {path}", flush=True)
-    state.start(policy, reward, validation, test)
-    train(policy, reward, train_data, settings, state)
-    if math.isinf(state.best):
-        state.save_model(policy)  # nothing to compare by: the last
+        base, adapter = base_of(s)
+        plan(s, base)
+    run = Run(open_directory(s), s)
+    if s.resume and run.finished():
+        print(f"{run.path}: this run is finished; its best model is {run.path / 'model'}")
+        return
+    tokenizer = toy.tokenizer if toy else load_tokenizer(base if adapter else s.model, s.tokenizer, "--model")
+    train_data, validation, test = load_data(s, tokenizer, toy and toy.splits())
+    if toy:
+        policy, reward = Policy(toy.model, tokenizer, outputs_per_forward=s.outputs_per_forward), RewardFunction(toy.world.reward_of, "toy")
     else:
-        policy.load(path / "model")
-    state.evaluate(policy, settings.iterations * settings.updates_per_iteration, "test")
-    if state.rank == 0:
-        state.report()
+        policy, reward = load_models(s, base, adapter, tokenizer)
+    run.path = Path(run.gather([str(run.path)])[0])  # one name, one clock
+    if run.rank == 0 and not s.resume:
+        prepare(run.path, s, argv)
+    run.gather([])
+    print(f"run: {run.path}", flush=True)
+    run.start(policy, reward, validation, test)
+    train(policy, reward, train_data, s, run)
+    if math.isinf(run.best):
+        run.save("model", policy.save)  # nothing to compare by: the last
+    else:
+        policy.load(run.path / "model")
+    run.evaluate(policy, s.iterations * s.updates_per_iteration, "test")
+    if run.rank == 0:
+        run.report()
         if toy:
-            toy.report(policy.model, path / "toy.png")
-        print(f"best model: {path / 'model'}   outputs: {path / 'test_outputs.jsonl'}   curves: {path / 'report.png'}")
+            toy.report(policy.model, run.path / "toy.png")
+        print(f"best model: {run.path / 'model'}   outputs: {run.path / 'test_outputs.jsonl'}   curves: {run.path / 'report.png'}")
 
 
 def main(argv=None):
-    """Exit code: 0, 2 for what the user can mend (one line on stderr), 130 when interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """-> exit code: 0; 2 for what the user can mend, with one line on stderr; 130 when interrupted."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, such as missing weights, ends the run here
+    transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load` refuses
     transformers.utils.logging.disable_progress_bar()
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
         settings = parse(argv)
-        run(settings, argv)
+        join_processes(settings)
+        execute(settings, argv)
+        return 0
     except UserError as error:
         print(f"brain: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nbrain: interrupted; the same command with --resume goes on", file=sys.stderr)
+        print("\nbrain: interrupted; the same command with --resume and its --output-dir goes on", file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":
