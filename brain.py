@@ -62,6 +62,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -299,9 +300,10 @@ class Policy:
         self._takes_positions, self._takes_keep = "position_ids" in accepted, "logits_to_keep" in accepted
         self.device = base.device
         # A chat model may end with several tokens: the tokenizer's and those of the generation config, together.
-        ends = {tokenizer.eos_token_id}.union(np.atleast_1d(getattr(base.generation_config, "eos_token_id", None)).tolist()) - {None}
-        self.ends = torch.tensor(sorted(ends), dtype=torch.long)
+        ends = np.atleast_1d(getattr(base.generation_config, "eos_token_id", None)).tolist() + [tokenizer.eos_token_id]
+        self.ends = torch.tensor(sorted(set(ends) - {None}), dtype=torch.long)
         self._known = torch.tensor(sorted(set(tokenizer.get_vocab().values())), dtype=torch.long)
+        self._unknown = None  # (V,) bool, once V is known: the logits', which no config is sure to name
         self._told = False
 
     def _second_adapter(self, model):
@@ -345,11 +347,12 @@ class Policy:
     def _scores(self, logits):
         """Log-softmax numerators (..., V): float32 at least, -inf for ids that the tokenizer does not have."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if len(self._known) == logits.shape[-1]:
-            return logits
-        unknown = torch.ones(logits.shape[-1], dtype=torch.bool)
-        unknown[self._known[self._known < logits.shape[-1]]] = False
-        return logits.masked_fill(unknown.to(logits.device), -torch.inf)
+        if self._unknown is None:
+            self._unknown = torch.ones(logits.shape[-1], dtype=torch.bool)
+            self._unknown[self._known[self._known < logits.shape[-1]]] = False
+            self._unknown = self._unknown.to(logits.device)
+            self._all_known = not self._unknown.any()
+        return logits if self._all_known else logits.masked_fill(self._unknown, -torch.inf)
 
     def _token_log_probs(self, logits, ids):
         """log-probability of ids (...) under logits (..., V). -> (...)"""
@@ -373,14 +376,15 @@ class Policy:
         return output
 
     def _prefill(self, model, ids, mask=None):
-        """Prompts (B, P) once. -> (logits (B, V) of the first output token, their cache, or None if it cannot be shared)"""
+        """Prompts (B, P) once. -> (logits (B, V) of the next token, their cache, or None if it cannot be shared)"""
         output = self._forward(model, ids, 1, mask)
         cache = getattr(output, "past_key_values", None)
         if shareable(cache):
             return output.logits[:, -1], cache
         if not self._told:
             self._told = True
-            print(f"brain: {type(model).__name__} keeps a state that outputs cannot share: each is computed whole, slowly", file=sys.stderr)
+            name = type(model).__name__
+            print(f"brain: {name} keeps a state that outputs cannot share; each is computed whole", file=sys.stderr)
         return output.logits[:, -1], None
 
     # ---- scoring
@@ -410,7 +414,7 @@ class Policy:
             return torch.cat([score(c) for c in chunks])
 
     def _score(self, model, prompt, outputs, first, cache):
-        """Log-probabilities (c,) of c outputs that continue one prompt (1, P) with cache and next-token logits (1, V)."""
+        """Log-probabilities (c,) of c outputs of one prompt (1, P), from its cache and next-token logits (1, V)."""
         ids, real = pad_right(outputs, self.device)  # (c, T), padding never looks back: attention is causal
         count, length = ids.shape
         if cache is None:  # whole sequences; their last T positions but one predict the output
@@ -473,7 +477,8 @@ class Policy:
             if mask is not None and (cache is None or logits.isnan().any()):
                 parts = [self._sample([prompt], u[None], prior, greedy) for prompt, u in zip(prompts, uniform)]
                 return [output for some, _ in parts for output in some], torch.cat([sums for _, sums in parts])
-            for rows in torch.arange(len(prompts) * n, device=self.device).split(self.outputs_per_forward or len(prompts) * n):
+            every = torch.arange(len(prompts) * n, device=self.device)
+            for rows in every.split(self.outputs_per_forward or len(every)):
                 of = rows // n  # each output's prompt
                 state = ids[of], logits[of], None if mask is None else mask[of], cache and share(cache, of)
                 some, sums = self._continue(model, *state, uniform.flatten(0, 1)[rows], greedy)
@@ -504,13 +509,11 @@ class Policy:
                 cache = cache and share(cache, going.nonzero()[:, 0])
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=1)
-            if cache is None:
-                logits = self._forward(model, torch.cat([prompts[rows], drawn[rows, : t + 1]], 1), 1, use_cache=False).logits[:, -1]
-            else:
-                logits = self._forward(model, token[:, None], 1, mask, cache).logits[:, -1]
+            new = token[:, None] if cache else torch.cat([prompts[rows], drawn[rows, : t + 1]], 1)
+            logits = self._forward(model, new, 1, mask, cache, use_cache=bool(cache)).logits[:, -1]
         return [row[row >= 0].cpu() for row in drawn], log_prob
 
-    # ---- outputs as text, weights as files
+    # ---- outputs as text
 
     def ended(self, output):
         """Whether an output ended by itself, rather than being cut."""
@@ -526,30 +529,6 @@ class Policy:
         prompt, output = prompt_ids.tolist(), output[: len(output) - self.ended(output)].tolist()
         before, whole = decode(prompt), decode(prompt + output)
         return whole[len(before) :] if whole.startswith(before) else decode(output)
-
-    def save(self, directory):
-        """The policy and its tokenizer, for transformers (all weights) or peft (the adapter) to load."""
-        if self.prior_model is not None:
-            self.model.save_pretrained(directory)
-        else:
-            from peft import get_peft_model_state_dict
-            from safetensors.torch import save_file
-
-            weights = get_peft_model_state_dict(self.model, adapter_name=self.adapter)
-            save_file({name: w.contiguous() for name, w in weights.items()}, Path(directory, "adapter_model.safetensors"))
-            self.model.peft_config[self.adapter].save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
-
-    def load(self, directory):
-        """The weights of `save` back into q_theta."""
-        if self.prior_model is not None:
-            saved = type(self.model).from_pretrained(directory, dtype=self.model.dtype)
-            self.model.load_state_dict(saved.state_dict())
-        else:
-            from peft import set_peft_model_state_dict
-            from safetensors.torch import load_file
-
-            set_peft_model_state_dict(self.model, load_file(Path(directory, "adapter_model.safetensors")), adapter_name=self.adapter)
 
 
 def add_adapter(model, rank, alpha):
@@ -755,7 +734,7 @@ def load(kind, name, flag_name, **arguments):
         loaded, info = loaded
         lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
         if lacking:
-            refuse(f"{flag_name} {name}: does not have the weights of {type(loaded).__name__}: {lacking[0]} and {len(lacking) - 1} more")
+            refuse(f"{flag_name} {name}: lacks weights of {type(loaded).__name__}: {lacking[0]} and {len(lacking) - 1} more")
     return loaded
 
 
@@ -822,7 +801,7 @@ class RewardModel:
                 refuse(f"--reward-model {name}: has {model.config.num_labels} labels; a reward model has one")
         else:
             if base is None:
-                refuse(f"--reward-model {name}: is weights alone; name the model it was trained from with --reward-base")
+                refuse(BARE.format(name))
             config = load(AutoConfig, base, "--reward-base", num_labels=1)
             with torch.device("meta"):
                 model = AutoModelForSequenceClassification.from_config(config)
@@ -840,14 +819,14 @@ class RewardModel:
             ids = [torch.tensor(encode(self.tokenizer, text)) for text in texts]
             longest, score = max(map(len, ids)), lambda: self._scores(ids)
         if longest > self.context:
-            refuse(f"--reward-model: a text of {longest} tokens does not fit into its context of {self.context}; lower --max-prompt-tokens")
+            refuse(f"--reward-model: its context of {self.context} is too short for a text of {longest} tokens; lower --max-prompt-tokens")
         return score().float().cpu()
 
     def _text(self, prompt, output):
         if isinstance(prompt, str):
             return fill(self.template, prompt, output)
         if not self.tokenizer.chat_template:
-            refuse("--reward-model: prompts are messages, and its tokenizer has no chat template; use one that has, or --reward-function")
+            refuse("--reward-model: has no chat template, and prompts are messages; use one that has, or --reward-function")
         return self.tokenizer.apply_chat_template(prompt + [{"role": "assistant", "content": output}], tokenize=False)
 
     def _scores(self, ids):
@@ -865,8 +844,11 @@ class RewardModel:
             cache = decoder(input_ids=ids[0][None, :common].to(device), use_cache=True).past_key_values
             cache = share(cache, len(ids)) if shareable(cache) else None
         rest, real = pad_right([s[common:] if cache else s for s in ids], device)  # (n, T), padding behind: no mask
-        hidden = decoder(input_ids=rest, past_key_values=cache, use_cache=cache is not None).last_hidden_state  # (n, T, H)
+        hidden = decoder(input_ids=rest, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         return self.head(hidden[torch.arange(len(ids)), real.sum(-1) - 1])[:, 0]
+
+
+BARE = "--reward-model {}: is weights alone; name the model that it was trained from with --reward-base"
 
 
 def context_of(config):
@@ -882,25 +864,26 @@ def bare_checkpoint(name):
 
 
 def take_weights(model, path, dtype):
-    """A bare checkpoint into a model on the meta device. `v_head` is its score head; old attention buffers are dropped."""
+    """A bare checkpoint into a model without storage. `v_head` is its score head; old attention buffers are dropped."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # without it, unpickling runs what it is told
         weights = {re.sub(r"^v_head\.", "score.", key): w.to(dtype) for key, w in weights.items()}
     except Exception as error:
-        refuse(f"--reward-model {path}: not a file of weights alone ({first_line(error)}); files that hold code are not opened")
+        refuse(f"--reward-model {path}: is not weights alone, and files that hold code are not opened ({first_line(error)})")
     weights = {key: w for key, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
     expected = {key: tuple(w.shape) for key, w in model.state_dict().items()}
-    for what, keys in ("lacks", expected.keys() - weights.keys()), ("has, unexpected,", weights.keys() - expected.keys()):
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    for what, keys in ("lacks", missing), ("has the unexpected", unexpected):
         if keys:
-            refuse(f"--reward-model {path}: {what} {min(keys)} and {len(keys) - 1} more, as {type(model).__name__} of --reward-base")
+            refuse(f"--reward-model {path}: {what} {min(keys)} and {len(keys) - 1} more; give the --reward-base that it was trained from")
     for key, shape in expected.items():
         if tuple(weights[key].shape) != shape:
-            refuse(f"--reward-model {path}: {key} is {tuple(weights[key].shape)}, for --reward-base {shape}: another vocabulary or size")
+            refuse(f"--reward-model {path}: {key} is {tuple(weights[key].shape)}, in --reward-base {shape}; another vocabulary or size")
     model.load_state_dict(weights, assign=True)
 
 
 class RewardFunction:
-    """A user's f(prompts, completions, **columns) -> list of floats, as TRL calls it: lists of one length, by keyword."""
+    """A user's f(prompts, completions, **columns) -> list of floats, called as TRL does: by keyword, lists of one length."""
 
     def __init__(self, function, name):
         self.function, self.name = function, name
@@ -969,18 +952,20 @@ class Prompts:
         if "prompt" not in names:
             refuse(f"{where} has no column 'prompt', only {', '.join(names)}; rename one")
         if self.pairs and not {"chosen", "rejected"} <= set(names):
-            refuse(f"{where} has no columns 'chosen' and 'rejected', which --method {settings.method} needs, only {', '.join(names)}")
+            refuse(f"{where}: --method {settings.method} needs columns 'chosen' and 'rejected', there are {', '.join(names)}")
         self.gold = next((name for name in GOLD_COLUMNS if name in names), None)
         self.kept, prompts = [], rows["prompt"]
         for i, prompt in enumerate(prompts):
             if not (isinstance(prompt, str) and prompt.strip() or prompt and is_messages(prompt)):
-                refuse(f"{where}, row {i + 1}: the prompt must be text or messages with role and content, not {prompt!r:.60}")
+                refuse(f"{where}, row {i + 1}: a prompt must be text, or messages with role and content, not {prompt!r:.60}")
             if len(encode(tokenizer, self.text(prompt))) <= settings.max_prompt_tokens:
                 self.kept.append(i)
         if not self.kept:
-            refuse(f"{where}: none of {len(rows)} prompts fits into {settings.max_prompt_tokens} tokens; raise --max-prompt-tokens, or lower --max-new-tokens")  # fmt: skip
-        out = f", {len(rows) - len(self)} longer than {settings.max_prompt_tokens} tokens left out" if len(self) < len(rows) else ""
-        self.summary = f"{split}: {len(self)} prompts{out}" + ("" if self.gold else ", without gold answers, so without win-rate")
+            limit = f"{settings.max_prompt_tokens} tokens; raise --max-prompt-tokens, or lower --max-new-tokens"
+            refuse(f"{where}: none of {len(rows)} prompts fits into {limit}")
+        self.summary = f"{split}: {len(self)} prompts" + ("" if self.gold else ", without gold answers, so without win-rate")
+        if len(self) < len(rows):
+            self.summary += f", {len(rows) - len(self)} longer than {settings.max_prompt_tokens} tokens left out"
 
     def __len__(self):
         return len(self.kept)
@@ -999,7 +984,7 @@ class Prompts:
         if isinstance(prompt, str):
             return prompt
         if not self.tokenizer.chat_template:
-            refuse(f"--dataset {self.settings.dataset}: prompts are messages, and the tokenizer of --model has no chat template; use text")
+            refuse(f"--dataset {self.settings.dataset}: prompts are messages, and --model has no chat template; use text")
         return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
     def answer_ids(self, prompt, prompt_ids, answer):
@@ -1013,8 +998,9 @@ class Prompts:
 
 
 def is_messages(prompt):
-    wanted = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)  # noqa: E731
-    return isinstance(prompt, list) and all(map(wanted, prompt))
+    """Whether a prompt or an answer is a list of {"role": text, "content": text}."""
+    texts = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)  # noqa: E731
+    return isinstance(prompt, list) and all(map(texts, prompt))
 
 
 def answer_text(prompt, answer):
@@ -1039,10 +1025,13 @@ def load_splits(name):
         if path.is_file():
             found = datasets.load_dataset(kinds[path.suffix], data_files={"train": name})
         else:  # load_dataset(hub name) would need the network even where the cache holds the files
-            found = datasets.load_dataset(name if path.is_dir() else huggingface_hub.snapshot_download(name, repo_type="dataset"))
+            download = huggingface_hub.snapshot_download
+            found = datasets.load_dataset(name if path.is_dir() else download(name, repo_type="dataset"))
     except Exception as error:
         line = broken_line(path)
-        refuse(f"--dataset {line}: not a JSON object; mend or remove this line" if line else f"--dataset {name}: cannot be read ({first_line(error)})")
+        if line:
+            refuse(f"--dataset {line}: not a JSON object; mend or remove this line")
+        refuse(f"--dataset {name}: cannot be read ({first_line(error)}); give a hub name, a directory or a file")
     found["validation"] = next((found[split] for split in ("validation", "valid", "val") if split in found), None)
     return {split: found.get(split) for split in ("train", "validation", "test")}
 
@@ -1079,10 +1068,11 @@ def load_data(settings, tokenizer, splits=None):
 
 
 def move_cue(row, cue="TL;DR:"):
-    """openai_summarize_comparisons has the cue before each answer, openai_summarize_tldr at the end of the prompt: as the latter."""
+    """openai_summarize_comparisons has the cue before each answer: to the end of the prompt, as in openai_summarize_tldr."""
     if not row["chosen"].startswith(cue):
         return row
-    return row | {"prompt": row["prompt"].rstrip() + "\n" + cue, "chosen": row["chosen"][len(cue) :], "rejected": row["rejected"].removeprefix(cue)}
+    answers = {name: row[name].removeprefix(cue) for name in ("chosen", "rejected")}
+    return row | {"prompt": row["prompt"].rstrip() + "\n" + cue} | answers
 
 
 # ------------------------------------------------------------------------------------------
@@ -1099,7 +1089,7 @@ def evenly(size, count):
 
 
 def evaluate(policy, reward, data, settings, run):
-    """One output for each of `--eval-prompts` prompts, against the gold answers. -> (metrics, test_outputs.jsonl's lines)
+    """One output for each of `--eval-prompts` prompts, against the gold answers. -> (metrics, a line for each prompt)
 
     The same prompts with the same random numbers each time, so that evaluations differ by the policy alone.
     kl_to_prior is the mean of log q_theta - log p over the outputs, in nats: KL(q_theta || p), as they are drawn
@@ -1156,7 +1146,8 @@ class HeldOut:
 
         def one(draw):
             prompt_ids, outputs, log_p, alpha_hat = draw
-            return float(self_normalized_kl(alpha_hat, policy_weights(policy.log_prob(prompt_ids, outputs).cpu(), log_p)))
+            beta_hat = policy_weights(policy.log_prob(prompt_ids, outputs).cpu(), log_p)
+            return float(self_normalized_kl(alpha_hat, beta_hat))
 
         return float(np.mean(list(run.shared_out(self.draws, one, "held-out D_n"))))
 
@@ -1164,8 +1155,34 @@ class HeldOut:
 # ------------------------------------------------------------------------------------------
 # 8. The run directory, and the processes that share a run
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "test_outputs.jsonl", "nonfinite.json", "model", "checkpoint")
-RUN_FILES += ("report.png", "toy.png")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "test_outputs.jsonl", "model", "checkpoint", "unfinished")
+RUN_FILES += ("nonfinite.json", "report.png", "toy.png")
+
+
+def save_policy(policy, directory):
+    """The policy and its tokenizer, for transformers (all weights) or peft (the adapter) to load."""
+    if policy.prior_model is not None:
+        policy.model.save_pretrained(directory)
+    else:
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        weights = get_peft_model_state_dict(policy.model, adapter_name=policy.adapter)
+        save_file({name: w.contiguous() for name, w in weights.items()}, directory / "adapter_model.safetensors")
+        policy.model.peft_config[policy.adapter].save_pretrained(directory)
+    policy.tokenizer.save_pretrained(directory)
+
+
+def load_policy(policy, directory):
+    """The weights of `save_policy` back into q_theta."""
+    if policy.prior_model is not None:
+        saved = type(policy.model).from_pretrained(directory, dtype=policy.model.dtype)
+        policy.model.load_state_dict(saved.state_dict())
+    else:
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        set_peft_model_state_dict(policy.model, load_file(directory / "adapter_model.safetensors"), policy.adapter)
 
 
 class Run:
@@ -1265,11 +1282,11 @@ class Run:
         """Warns of a round's samples from which nothing can be learned."""
         outputs = [output for group in samples for output in group.outputs]
         if not any(map(policy.ended, outputs)):
-            self.warn("every output was cut at --max-new-tokens: raise it, or see whether the model knows its end token")
+            self.warn("every output was cut at --max-new-tokens; raise it, or see whether the model knows its end token")
         if all(group.reward.max() - group.reward.min() < 1e-6 for group in samples):
-            self.warn("all outputs of a prompt have the same reward: nothing can be learned; look at the reward and its template")
+            self.warn("the outputs of each prompt all have the same reward: nothing can be learned; look at the reward")
         if len(outputs) >= 20 and len({tuple(output.tolist()) for output in outputs}) < len(outputs) / 10:
-            self.warn("nearly all outputs are the same: the policy has collapsed; lower --learning-rate, or raise --max-new-tokens")
+            self.warn("nearly all outputs are the same: the policy has collapsed; lower --learning-rate")
 
     def log(self, line):
         """An update's line of metrics, and a warning where few samples carry the gradient for long."""
@@ -1277,8 +1294,8 @@ class Run:
         grouped = METHODS[self.settings.method].group_size is not None  # pairs: an argmax has a size of 1 by design
         self.low = self.low + 1 if min(line["ess_alpha"], line["ess_beta"]) < 1.25 and not grouped else 0
         if self.low == 50:
-            self.warn(f"the effective sample size was near 1 (of {self.settings.samples_per_prompt}) in 50 updates: one output has all "
-                      "the weight; lower --learning-rate, or renew the proposal sooner (--updates-per-iteration)")  # fmt: skip
+            self.warn("the effective sample size was near 1 in 50 updates: one output has all the weight; "
+                      "lower --learning-rate, or renew the proposal sooner (--updates-per-iteration)")  # fmt: skip
 
     def stop_if_not_finite(self, metrics, batch, policy):
         """Ends the run before an infinite or undefined gradient reaches the weights, with the batch written out."""
@@ -1286,9 +1303,12 @@ class Run:
         if all(map(math.isfinite, metrics.values())) and all(gradient.isfinite().all() for gradient in gradients):
             return
         if self.rank == 0:
-            show = lambda s: {"row": s.row, "outputs": s.texts} | {name: repr(getattr(s, name).tolist()) for name in CACHED}  # noqa: E731
-            (self.path / "nonfinite.json").write_text(json.dumps({"metrics": repr(metrics), "batch": list(map(show, batch))}, indent=1))
-        refuse(f"the loss or its gradient is not finite; the weights are as they were. See {self.path / 'nonfinite.json'} for the batch; "
+            found = {"metrics": repr(metrics), "batch": []}
+            for s in batch:
+                numbers = {name: repr(getattr(s, name).tolist()) for name in CACHED}
+                found["batch"].append({"row": s.row, "outputs": s.texts} | numbers)
+            (self.path / "nonfinite.json").write_text(json.dumps(found, indent=1))
+        refuse(f"the loss or its gradient is not finite (the batch: {self.path / 'nonfinite.json'}); the weights are as they were; "
                "lower --learning-rate, or use --dtype float32")  # fmt: skip
 
     # ---- evaluations, models, checkpoints
@@ -1306,10 +1326,11 @@ class Run:
             self.write("test_outputs.jsonl", lines, "w")
         elif metrics.get("win_rate", math.inf) > self.best:  # without win-rate nothing can be compared: the last
             self.best = metrics.get("win_rate", -math.inf)
-            self.save("model", policy.save)  # before its line: a run killed in between comes here again
+            self.save("model", functools.partial(save_policy, policy))  # before its line: a killed run comes here again
         self.write("metrics.jsonl", [{"step": step, "split": split} | metrics | {"time": round(time.time(), 3)}])
         names = {"win_rate": "win-rate", "win_rate_half_width": "±", "reward": "  reward", "kl_to_prior": "  KL to prior"}
-        told = " ".join(f"{names.get(name, '  held-out D_n')} {value:.3f}" for name, value in metrics.items())
+        names["self_normalized_kl"] = "  held-out D_n"
+        told = " ".join(f"{names[name]} {value:.3f}" for name, value in metrics.items())
         print(f"update {step:>6}  {split:<10}  {told}", flush=True)
 
     def save(self, name, fill_directory):
@@ -1380,9 +1401,14 @@ class Run:
         updates, evaluations = ([line for line in lines if key in line] for key in ("loss", "split"))
         evaluations = [line for line in evaluations if line["split"] == "validation"]
         figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-        panels = {"win-rate against gold, %": ["win_rate"], "mean reward": ["reward"], "KL to the prior, nats": ["kl_to_prior"],
-                  "D_n, nats: on D_t (the loss) and held out": ["loss", "self_normalized_kl"],
-                  "effective sample size": ["ess_alpha", "ess_beta"], "share of outputs that ended": ["ended"]}  # fmt: skip
+        panels = {
+            "win-rate against gold, %": ["win_rate"],
+            "mean reward": ["reward"],
+            "KL to the prior, nats": ["kl_to_prior"],
+            "D_n, nats: on D_t (the loss) and held out": ["loss", "self_normalized_kl"],
+            "effective sample size": ["ess_alpha", "ess_beta"],
+            "share of outputs that ended": ["ended"],
+        }
         for axis, (title, names) in zip(axes.flat, panels.items()):
             for name, style in zip(names, ("-", "--")):
                 window = max(1, len(updates) // 50)
@@ -1390,10 +1416,9 @@ class Run:
                     means = np.convolve([line[name] for line in updates], np.ones(window) / window, "valid")
                     steps = [line["step"] for line in updates[window - 1 :]]
                     axis.plot(steps, means, style, color="0.55", label=f"{name} on D_t, mean of {window}")
-                points = [(line["step"], line[name], line["win_rate_half_width"] if name == "win_rate" else 0) for line in evaluations if name in line]
+                points = [(line["step"], line[name], line.get(f"{name}_half_width", 0)) for line in evaluations if name in line]
                 if points:
-                    steps, values, errors = zip(*points)
-                    axis.errorbar(steps, values, errors, fmt="o-", color="black", capsize=3, label=f"{name}, validation")
+                    axis.errorbar(*zip(*points), fmt="o-", color="black", capsize=3, label=f"{name}, validation")
             axis.set(title=title, xlabel="updates")
             if axis.has_data():
                 axis.legend(fontsize=8)
@@ -1429,6 +1454,9 @@ COMPANIONS = {  # what goes with a model; each entry is a default that its flag 
 }  # fmt: skip
 
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
 def setting(default, text, least=None, below=None, one_of=None):
     """A field of Settings. Its value is None until it is typed, so that companions override only what was not."""
     shown = "" if default is None else f" (default: {default})"
@@ -1438,7 +1466,7 @@ def setting(default, text, least=None, below=None, one_of=None):
 
 @dataclass
 class Settings:
-    """Every setting, once. (paper): as in appendix B.2 and section 8; e, m, k and the batch size are ours (departure 5)."""
+    """Every setting, once. (paper): as in section 8 and appendix B.2; e, m, k and the batch size are ours (departure 5)."""
 
     model: str = setting("toy", "toy, or a causal LM or LoRA adapter: hub name or directory")
     base_model: str | None = setting(None, "for an adapter: its base, where the one that it names is not wanted")
@@ -1456,9 +1484,7 @@ class Settings:
     overwrite: bool = field(default=False, metadata={"help": "replace the run in --output-dir"})
     seed: int = setting(0, "of all random numbers", 0)
     device: str | None = setting(None, "cpu, cuda or cuda:1 (default: cuda where there is one)")
-    dtype: str | None = setting(
-        None, "of the models (default: bfloat16 for LoRA on a GPU, else float32)", one_of=("float32", "bfloat16", "float16", "float64")
-    )
+    dtype: str | None = setting(None, "of the models (default: bfloat16 for LoRA on a GPU, else float32)", one_of=DTYPES)
     iterations: int = setting(4, "e: rounds of sampling and updates; 0: evaluate only", 0)
     prompts_per_iteration: int = setting(1000, "m: prompts sampled for in a round", 1)
     samples_per_prompt: int = setting(32, "n: outputs per prompt (paper: 32)", 2)
@@ -1484,7 +1510,7 @@ def flag(name):
 
 
 def parse(argv):
-    """Command line -> Settings: what was typed, else the model's companion, else the default. UserError names the mend."""
+    """Command line -> Settings: what was typed, else the model's companion, else the default. UserError names a mend."""
     from transformers import HfArgumentParser
 
     class Parser(HfArgumentParser):
@@ -1512,10 +1538,12 @@ def parse(argv):
             setattr(s, f.name, companions.get(f.name, rules.get("real")))
         elif rules.get("one_of") and value not in rules["one_of"]:
             near = difflib.get_close_matches(value, rules["one_of"], 1)
-            refuse(f"{flag(f.name)} {value}: " + (f"did you mean {near[0]}? " if near else "") + "one of " + ", ".join(rules["one_of"]))
+            meant = f"did you mean {near[0]}? " if near else ""
+            refuse(f"{flag(f.name)} {value}: {meant}give one of {', '.join(rules['one_of'])}")
         elif rules.get("least") is not None and not (rules["least"] <= value < (rules["below"] or math.inf)):
-            why = " and D_1 is 0 for every policy (Theorem 4.3 needs two outputs)" if f.name == "samples_per_prompt" else ""
-            refuse(f"{flag(f.name)} {value}: must be at least {rules['least']}{f' and below 1' if rules['below'] else ''}{why}")
+            limits = f"must be at least {rules['least']}" + (f" and below {rules['below']}" if rules["below"] else "")
+            why = "; D_1 is 0 for every policy, and Theorem 4.3 needs two outputs" if f.name == "samples_per_prompt" else ""
+            refuse(f"{flag(f.name)} {value}: {limits}{why}")
     check(s)
     return s
 
@@ -1531,7 +1559,7 @@ def check(s):
     if s.model != "toy" and bool(s.reward_model) == bool(s.reward_function):
         refuse("--reward-model or --reward-function: give one of them" + (", not both" if s.reward_model else ""))
     if method.source == "data" and s.samples_per_prompt != 2:
-        refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} has the pairs of the data; leave it out")
+        refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} has the data's pairs; leave it out")
     if method.group_size and s.samples_per_prompt % method.group_size:
         refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} makes pairs; give an even number")
     if s.learning_rate == 0:
@@ -1541,7 +1569,7 @@ def check(s):
     if unknown or "{output}" not in template:
         refuse(f"--reward-template {template}: needs {{output}}, may have {{prompt}}, and no other braces")
     if s.resume and (s.overwrite or not s.output_dir):
-        refuse("--resume: " + ("not with --overwrite; give one of them" if s.overwrite else "which run? give its --output-dir"))
+        refuse("--resume: " + ("not with --overwrite; give one" if s.overwrite else "which run? give its --output-dir"))
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", s.device):
         refuse(f"--device {s.device}: give cpu, cuda or cuda:1")
@@ -1565,10 +1593,12 @@ def base_of(s):
     if config is None:
         return s.model, None
     config = json.loads(Path(config).read_text())
-    base = s.base_model or config.get("base_model_name_or_path") or refuse(f"--model {s.model}: does not name its base; give --base-model")
+    base = s.base_model or config.get("base_model_name_or_path")
+    if not base:
+        refuse(f"--model {s.model}: an adapter that does not name its base; give --base-model")
     for name, own in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])) if s.lora_rank else ():
         if name in s.typed and getattr(s, name) != own:
-            refuse(f"{flag(name)} {getattr(s, name)}: the policy starts as a copy of the adapter {s.model}, which has {own}; leave it out")
+            refuse(f"{flag(name)} {getattr(s, name)}: the policy starts as a copy of {s.model}, which has {own}; leave it out")
         setattr(s, name, own)
     return base, s.model
 
@@ -1580,7 +1610,8 @@ def weigh(kind, config, rank=0):
         weights = sum(p.numel() for p in model.parameters())
         output = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
         layers = getattr(getattr(output, "past_key_values", None), "layers", ())
-        cache = sum(t.numel() for k in layers for t in (getattr(k, "keys", None), getattr(k, "values", None)) if t is not None)
+        tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
+        cache = sum(tensor.numel() for tensor in tensors if tensor is not None)
         model = add_adapter(model, rank, rank) if rank else model
     return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), cache
 
@@ -1592,13 +1623,14 @@ def plan(s, base):
     config = load(AutoConfig, base, "--model")
     room = context_of(config) - s.max_new_tokens
     if room < 1:
-        refuse(f"--max-new-tokens {s.max_new_tokens}: leaves no room for a prompt in the context of {context_of(config)}; lower it")
+        refuse(f"--max-new-tokens {s.max_new_tokens}: no room for a prompt in a context of {context_of(config)}; lower it")
     s.max_prompt_tokens = int(min(s.max_prompt_tokens or room, room, 2**20))
     weights, trained, cache = weigh(AutoModelForCausalLM, config, s.lora_rank)
     size = {"float64": 8, "float32": 4}.get(s.dtype, 2)  # bytes of a number
     adam = max(size, 4) if s.lora_rank else size  # peft keeps an adapter in float32
     n = min(s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt)
-    parts = {f"policy and prior: {s.model}, {weights:,} weights in {'4 bits' if s.load_in_4bit else s.dtype}": weights * (0.5 if s.load_in_4bit else size)}
+    kind, each = ("4 bits", 0.5) if s.load_in_4bit else (s.dtype, size)
+    parts = {f"policy and prior: {s.model}, {weights:,} weights in {kind}": weights * each}
     if s.lora_rank:
         parts[f"adapter of rank {s.lora_rank}: {trained:,} weights, gradient, AdamW's two moments"] = 4 * adam * trained
     else:
@@ -1606,15 +1638,17 @@ def plan(s, base):
     if s.reward_model:
         source = s.reward_base if bare_checkpoint(s.reward_model) else s.reward_model
         if source is None:
-            refuse(f"--reward-model {s.reward_model}: is weights alone; name the model it was trained from with --reward-base")
-        config = load(AutoConfig, source, "--reward-model" if source == s.reward_model else "--reward-base", num_labels=1)
+            refuse(BARE.format(s.reward_model))
+        config = load(AutoConfig, source, "--reward-model" if source == s.reward_model else "--reward-base")
         count = weigh(AutoModelForSequenceClassification, config)[0]
         parts[f"reward: {s.reward_model}, {count:,} weights in {s.dtype}"] = size * count
-    parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * (s.max_prompt_tokens + s.max_new_tokens)
+    length = s.max_prompt_tokens + s.max_new_tokens
+    parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * length
     e, m, k = s.iterations, s.prompts_per_iteration, s.updates_per_iteration
     samples = f"{e} rounds of {m:,} prompts x {s.samples_per_prompt} outputs = {e * m * s.samples_per_prompt:,} samples"
     print(f"{s.method} on {s.dataset}: {samples}; {e} x {k:,} updates of {s.batch_size} prompts")
-    for what, count in (parts | {"together; activations come on top (--outputs-per-forward bounds them)": sum(parts.values())}).items():
+    parts["together; activations come on top (--outputs-per-forward bounds them)"] = sum(parts.values())
+    for what, count in parts.items():
         print(f"{count / 1e9:9.3f} GB  {what}", flush=True)
 
 
@@ -1626,7 +1660,8 @@ def load_models(s, base, adapter, tokenizer):
     if s.reward_function:
         reward = RewardFunction.from_file(s.reward_function)
     else:
-        reward = RewardModel.from_pretrained(s.reward_model, s.reward_base, s.reward_template, s.tokenizer, dtype, s.device)
+        source = s.reward_model, s.reward_base, s.reward_template, s.tokenizer
+        reward = RewardModel.from_pretrained(*source, dtype, s.device)
     arguments = {"dtype": dtype}
     if s.load_in_4bit:
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
@@ -1651,8 +1686,9 @@ def open_directory(s):
         if not config.exists():
             refuse(f"--resume: {path} holds no run; start it without --resume")
         before, now = json.loads(config.read_text()), dataclasses.asdict(s)
-        free = ("output_dir", "resume", "overwrite", "device")  # may be others than at the start
-        changed = [f"{flag(name)} was {before.get(name)}, not {now[name]}" for name in now if name not in free and before.get(name) != now[name]]
+        for name in ("output_dir", "resume", "overwrite", "device"):  # may be others than at the start
+            now.pop(name)
+        changed = [f"{flag(name)} was {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name]]
         if changed:
             refuse(f"--resume: {config} has other settings: " + "; ".join(changed))
     elif config.exists() and not s.overwrite:
@@ -1671,9 +1707,9 @@ def prepare(path, s, argv):
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
     here = Path(__file__).resolve().parent
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    made = {"command": " ".join(["python brain.py", *map(str, argv)]), "commit": None if git.returncode else git.stdout.strip()}
+    made = {"command": " ".join(["python brain.py", *argv]), "commit": None if git.returncode else git.stdout.strip()}
     made |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    made |= {"numpy": np.__version__, "machine": torch.cuda.get_device_name() if s.device != "cpu" else platform.machine()}
+    made |= {"numpy": np.__version__, "machine": platform.machine() if s.device == "cpu" else torch.cuda.get_device_name()}
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(s) | made, indent=1) + "\n")
 
 
@@ -1705,7 +1741,8 @@ def execute(s, argv):
     tokenizer = toy.tokenizer if toy else load_tokenizer(base if adapter else s.model, s.tokenizer, "--model")
     train_data, validation, test = load_data(s, tokenizer, toy and toy.splits())
     if toy:
-        policy, reward = Policy(toy.model, tokenizer, outputs_per_forward=s.outputs_per_forward), RewardFunction(toy.world.reward_of, "toy")
+        policy = Policy(toy.model, tokenizer, outputs_per_forward=s.outputs_per_forward)
+        reward = RewardFunction(toy.world.reward_of, "toy")
     else:
         policy, reward = load_models(s, base, adapter, tokenizer)
     run.path = Path(run.gather([str(run.path)])[0])  # one name, one clock
@@ -1716,15 +1753,15 @@ def execute(s, argv):
     run.start(policy, reward, validation, test)
     train(policy, reward, train_data, s, run)
     if math.isinf(run.best):
-        run.save("model", policy.save)  # nothing to compare by: the last
+        run.save("model", functools.partial(save_policy, policy))  # nothing to compare by: the last
     else:
-        policy.load(run.path / "model")
+        load_policy(policy, run.path / "model")
     run.evaluate(policy, s.iterations * s.updates_per_iteration, "test")
     if run.rank == 0:
         run.report()
         if toy:
             toy.report(policy.model, run.path / "toy.png")
-        print(f"best model: {run.path / 'model'}   outputs: {run.path / 'test_outputs.jsonl'}   curves: {run.path / 'report.png'}")
+        print(f"{run.path}: the best model is in model/, its outputs in test_outputs.jsonl, what to watch in report.png")
 
 
 def main(argv=None):
@@ -1733,7 +1770,8 @@ def main(argv=None):
 
     transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load` refuses
     transformers.utils.logging.disable_progress_bar()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
     try:
         settings = parse(argv)
         join_processes(settings)

@@ -482,14 +482,14 @@ def test_the_prior_is_the_model_before_training(kind):
 
 @pytest.mark.parametrize("kind", ["all weights", "lora", "adapter as prior"])
 def test_a_saved_model_is_the_policy(kind, tmp_path):
-    """model/ by transformers or peft alone, and back by `load`. Wrong: the prior saved; the adapter under another name."""
+    """model/ by transformers or peft alone, and back by `load_policy`. Wrong: the prior saved; the adapter under another name."""
     base = tiny("llama")
     base.save_pretrained(tmp_path / "base")
     model = adapted("llama") if kind == "adapter as prior" else base
     policy = brain.Policy(model, letters(), lora_rank=0 if kind == "all weights" else 2, lora_alpha=8)
     outputs = train_a_little(policy)
     (tmp_path / "model").mkdir()
-    policy.save(tmp_path / "model")
+    brain.save_policy(policy, tmp_path / "model")
     expected = policy.log_prob(X, outputs).detach()
     if kind == "all weights":
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=DOUBLE)
@@ -504,7 +504,7 @@ def test_a_saved_model_is_the_policy(kind, tmp_path):
     for p in policy.parameters().values():
         p.data.mul_(0.5)
     assert (policy.log_prob(X, outputs) - expected).abs().max() > 1e-2
-    policy.load(tmp_path / "model")
+    brain.load_policy(policy, tmp_path / "model")
     torch.testing.assert_close(policy.log_prob(X, outputs).detach(), expected, rtol=0, atol=1e-10)
 
 

@@ -221,10 +221,10 @@ class Toy:
         self.log_posterior = posterior(self.log_p, self.world.reward)
 
     def splits(self):
-        """Rows for training (2 of each prompt), validation and test (16 of each: prompts are few, answers many)."""
+        """Rows for training (8 of each prompt), validation (16) and test (32): prompts are few, answers many."""
         import datasets
 
-        sizes = {"train": 2, "validation": 16, "test": 32}
+        sizes = {"train": 8, "validation": 16, "test": 32}
         rows = {split: self.world.rows(self.log_p, size, i) for i, (split, size) in enumerate(sizes.items())}
         return {split: datasets.Dataset.from_list(r) for split, r in rows.items()}
 
