@@ -301,7 +301,7 @@ class Policy:
         self.device = base.device
         # A chat model may end with several tokens: the tokenizer's and those of the generation config, together.
         ends = np.atleast_1d(getattr(base.generation_config, "eos_token_id", None)).tolist() + [tokenizer.eos_token_id]
-        self.ends = torch.tensor(sorted(set(ends) - {None}), dtype=torch.long)
+        self.ends = sorted(set(ends) - {None})
         self._known = torch.tensor(sorted(set(tokenizer.get_vocab().values())), dtype=torch.long)
         self._unknown = None  # (V,) bool, once V is known: the logits', which no config is sure to name
         self._told = False
@@ -488,6 +488,7 @@ class Policy:
 
     def _continue(self, model, prompts, logits, mask, cache, uniform, greedy):
         """Draw R outputs token by token from next-token logits (R, V); rows that have ended leave the batch."""
+        ends = torch.tensor(self.ends, device=self.device)
         rows = torch.arange(len(prompts), device=self.device)  # which outputs are still being written
         drawn = torch.full(uniform.shape, -1, device=self.device)  # (R, T)
         log_prob = torch.zeros(len(rows), dtype=self._scores(logits).dtype, device=self.device)
@@ -500,7 +501,7 @@ class Policy:
                 token = torch.searchsorted(cumulative, uniform[rows, t, None] * cumulative[:, -1:], right=True)[:, 0]
             drawn[rows, t] = token
             log_prob[rows] += self._token_log_probs(logits, token)
-            going = ~torch.isin(token, self.ends.to(self.device))
+            going = ~torch.isin(token, ends)
             if not going.any() or t + 1 == drawn.shape[1]:
                 break
             if not going.all():

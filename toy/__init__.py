@@ -1,0 +1,1 @@
+"""A world small enough to know everything about, and what is measured in it."""
