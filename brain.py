@@ -700,8 +700,9 @@ class UserError(Exception):
     """Something that the user can mend: printed in one line, exit code 2, nothing touched."""
 
 
-def refuse(message):
-    raise UserError(message)
+def refuse_if(wrong, message):
+    if wrong:
+        raise UserError(message)
 
 
 def first_line(error):
@@ -720,23 +721,22 @@ def find(name, *files):
 
 
 def load(kind, name, flag_name, **arguments):
-    """kind.from_pretrained(name). What is missing or does not fit ends in one line; code of a checkpoint never runs.
-
-    Weights that a checkpoint lacks are refused: transformers fills them with random numbers, and a reward
-    model with a random head trains without complaint.
-    """
-    if kind.__name__.startswith("AutoModel"):
-        arguments["output_loading_info"] = True
+    """kind.from_pretrained(name). What cannot be loaded ends in one line; code that a checkpoint brings never runs."""
     try:
-        loaded = kind.from_pretrained(name, **arguments)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        refuse(f"{flag_name} {name}: cannot be loaded ({first_line(error)}); give a directory or a hub name")
-    if isinstance(loaded, tuple):
-        loaded, info = loaded
-        lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
-        if lacking:
-            refuse(f"{flag_name} {name}: lacks weights of {type(loaded).__name__}: {lacking[0]} and {len(lacking) - 1} more")
-    return loaded
+        return kind.from_pretrained(None if "state_dict" in arguments else name, trust_remote_code=False, **arguments)
+    except Exception as error:
+        raise UserError(f"{flag_name} {name}: cannot be loaded ({first_line(error)}); give a directory or a hub name") from None
+
+
+def load_model(kind, name, flag_name, **arguments):
+    """As `load`, and every weight must be there: transformers fills what a checkpoint lacks with random numbers, and
+    a reward model with a random head trains without complaint."""
+    model, info = load(kind, name, flag_name, output_loading_info=True, ignore_mismatched_sizes=True, **arguments)
+    for what in ("missing", "mismatched") + ("unexpected",) * ("state_dict" in arguments):
+        keys = sorted(map(str, info[f"{what}_keys"]))
+        told = f"{what} weights for {type(model).__name__}: {', '.join(keys[:2])}, {len(keys)} in all"
+        refuse_if(keys, f"{flag_name} {name}: {told}; give a checkpoint (or --reward-base) of this vocabulary and size")
+    return model
 
 
 def load_tokenizer(name, fallback, flag_name):
@@ -744,34 +744,28 @@ def load_tokenizer(name, fallback, flag_name):
     from transformers import AutoTokenizer
 
     files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
-    place = name if find(name, *files) or fallback is None else fallback
-    if not find(place, *files):
-        refuse(f"{flag_name} {place}: no tokenizer found there; name one with --tokenizer")
+    place = name if fallback is None or find(name, *files) else fallback
+    refuse_if(not find(place, *files), f"{flag_name} {place}: no tokenizer found there; name one with --tokenizer")
     tokenizer = load(AutoTokenizer, place, flag_name)
-    if tokenizer.eos_token_id is None:
-        refuse(f"{flag_name} {place}: its tokenizer has no end token, so no output could end; set eos_token there")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
-def encode(tokenizer, text):
-    """Token ids of a text, with the beginning token that this tokenizer puts before texts, and no end token.
+def encode(tokenizer, texts):
+    """Token ids of each text, with the beginning token that this tokenizer puts before texts, and no end token.
 
     Text from a chat template brings its beginning token along: it is not doubled. An end token behind a prompt
     would end it, and behind a text it would move "the last token", where a reward model is read.
     """
-    ids, bos = tokenizer(text, add_special_tokens=False).input_ids, tokenizer.bos_token_id
-    if bos is not None and ids[:1] != [bos] and tokenizer("a").input_ids[0] == bos:
-        ids = [bos] + ids
-    return ids
+    bos = [tokenizer.bos_token_id]
+    begins = tokenizer("a").input_ids[:1] == bos
+    return [bos + ids if begins and ids[:1] != bos else ids for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
 def fill(template, prompt, output):
     """`{prompt}` and `{output}` of a template in one pass: .format would reach attributes ({prompt.__class__}), and
     one .replace after another would mangle a prompt that contains "{output}"."""
-    pieces = re.split(r"\{(prompt|output)\}", template)  # text, name, text, name, ..., text
-    return "".join({"prompt": prompt, "output": output}[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+    return re.sub(r"\{(prompt|output)\}", lambda place: {"prompt": prompt, "output": output}[place[1]], template)
 
 
 class RewardModel:
@@ -785,7 +779,6 @@ class RewardModel:
     def __init__(self, model, tokenizer, template=None):
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template or "{prompt}{output}"
         self.head = getattr(model, "score", None)  # decoders have it; encoders such as BERT pool in their own way
-        self.context = context_of(model.config)
 
     @classmethod
     def from_pretrained(cls, name, base=None, template=None, tokenizer=None, dtype=torch.float32, device="cpu"):
@@ -793,20 +786,18 @@ class RewardModel:
 
         `tokenizer` is used where the model (or base) has none. UserError says what does not fit.
         """
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification as Classifier
 
-        bare = bare_checkpoint(name)
+        bare = bare_checkpoint(name, base)
         if bare is None:
-            model = load(AutoModelForSequenceClassification, name, "--reward-model", dtype=dtype)
-            if model.config.num_labels != 1:
-                refuse(f"--reward-model {name}: has {model.config.num_labels} labels; a reward model has one")
+            model = load_model(Classifier, name, "--reward-model", dtype=dtype)
+            labels = model.config.num_labels
+            refuse_if(labels != 1, f"--reward-model {name}: has {labels} labels; a reward model has one")
         else:
-            if base is None:
-                refuse(BARE.format(name))
-            config = load(AutoConfig, base, "--reward-base", num_labels=1)
+            config = load_config(base, "--reward-base", num_labels=1)
             with torch.device("meta"):
-                model = AutoModelForSequenceClassification.from_config(config)
-            take_weights(model, bare, dtype)
+                kind = type(Classifier.from_config(config))
+            model = load_model(kind, bare, "--reward-model", config=config, state_dict=bare_weights(bare), dtype=dtype)
         return cls(model.to(device), load_tokenizer(base if bare else name, tokenizer, "--reward-model"), template)
 
     @torch.no_grad()
@@ -817,17 +808,19 @@ class RewardModel:
             batch = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
             longest, score = batch.input_ids.shape[1], lambda: self.model(**batch).logits[:, 0]
         else:
-            ids = [torch.tensor(encode(self.tokenizer, text)) for text in texts]
+            ids = [torch.tensor(ids) for ids in encode(self.tokenizer, texts)]
             longest, score = max(map(len, ids)), lambda: self._scores(ids)
-        if longest > self.context:
-            refuse(f"--reward-model: its context of {self.context} is too short for a text of {longest} tokens; lower --max-prompt-tokens")
-        return score().float().cpu()
+        context = context_of(self.model.config)
+        refuse_if(longest > context, f"--reward-model: a text of {longest} tokens in a context of {context}; lower --max-prompt-tokens")
+        rewards = score().float().cpu()
+        refuse_if(not rewards.isfinite().all(), f"--reward-model: gave nan or inf for {texts[0]!r:.60}; try --dtype float32")
+        return rewards
 
     def _text(self, prompt, output):
         if isinstance(prompt, str):
             return fill(self.template, prompt, output)
-        if not self.tokenizer.chat_template:
-            refuse("--reward-model: has no chat template, and prompts are messages; use one that has, or --reward-function")
+        lacks = "--reward-model: has no chat template, and prompts are messages; use one that has, or --reward-function"
+        refuse_if(not self.tokenizer.chat_template, lacks)
         return self.tokenizer.apply_chat_template(prompt + [{"role": "assistant", "content": output}], tokenize=False)
 
     def _scores(self, ids):
@@ -849,7 +842,10 @@ class RewardModel:
         return self.head(hidden[torch.arange(len(ids)), real.sum(-1) - 1])[:, 0]
 
 
-BARE = "--reward-model {}: is weights alone; name the model that it was trained from with --reward-base"
+def load_config(name, flag_name, **arguments):
+    from transformers import AutoConfig
+
+    return load(AutoConfig, name, flag_name, **arguments)
 
 
 def context_of(config):
@@ -857,30 +853,25 @@ def context_of(config):
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
-def bare_checkpoint(name):
-    """Path of a reward model that is one file of weights, without config; None for any other."""
-    if Path(name).is_file():
-        return name
-    return None if find(name, "config.json") else find(name, "pytorch_model.bin", "hf_ckpt.pt")
+def bare_checkpoint(name, base):
+    """Path of a reward model that is one file of weights, without config, and so needs a base; None for any other."""
+    file = name if Path(name).is_file() else None
+    if file is None and not find(name, "config.json"):
+        file = find(name, "pytorch_model.bin", "hf_ckpt.pt")
+    lacks = "is weights alone; name the model that it was trained from with --reward-base"
+    refuse_if(file and not base, f"--reward-model {name}: {lacks}")
+    return file
 
 
-def take_weights(model, path, dtype):
-    """A bare checkpoint into a model without storage. `v_head` is its score head; old attention buffers are dropped."""
+def bare_weights(path):
+    """{name: tensor} of a bare checkpoint: `v_head` is the score head of the model class, old attention buffers go."""
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # without it, unpickling runs what it is told
-        weights = {re.sub(r"^v_head\.", "score.", key): w.to(dtype) for key, w in weights.items()}
+        weights = {re.sub(r"^v_head\.", "score.", key): w for key, w in weights.items()}
     except Exception as error:
-        refuse(f"--reward-model {path}: is not weights alone, and files that hold code are not opened ({first_line(error)})")
-    weights = {key: w for key, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
-    expected = {key: tuple(w.shape) for key, w in model.state_dict().items()}
-    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    for what, keys in ("lacks", missing), ("has the unexpected", unexpected):
-        if keys:
-            refuse(f"--reward-model {path}: {what} {min(keys)} and {len(keys) - 1} more; give the --reward-base that it was trained from")
-    for key, shape in expected.items():
-        if tuple(weights[key].shape) != shape:
-            refuse(f"--reward-model {path}: {key} is {tuple(weights[key].shape)}, in --reward-base {shape}; another vocabulary or size")
-    model.load_state_dict(weights, assign=True)
+        told = f"is not weights alone, and files that hold code are not opened ({first_line(error)})"
+        raise UserError(f"--reward-model {path}: {told}; give another checkpoint") from None
+    return {key: w for key, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
 
 
 class RewardFunction:
@@ -888,43 +879,42 @@ class RewardFunction:
 
     def __init__(self, function, name):
         self.function, self.name = function, name
-        parameters = inspect.signature(function).parameters.values()
-        self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        self.takes = {p.name for p in parameters}
 
     @classmethod
     def from_file(cls, spec):
         """From "file.py:name". UserError where there is none."""
         path, _, name = spec.rpartition(":")
-        if not Path(path).is_file() or not path.endswith(".py"):
-            refuse(f"--reward-function {spec}: no such Python file; give file.py:name")
+        there = Path(path).is_file() and path.endswith(".py")
+        refuse_if(not there, f"--reward-function {spec}: no such Python file; give file.py:name")
         source = importlib.util.spec_from_file_location("reward_function", path)
         module = importlib.util.module_from_spec(source)
         source.loader.exec_module(module)
-        if not callable(getattr(module, name, None)):
-            refuse(f"--reward-function {spec}: {path} has no function {name}")
-        return cls(getattr(module, name), spec)
+        function = getattr(module, name, None)
+        refuse_if(not callable(function), f"--reward-function {spec}: {path} has no function {name}; give another name")
+        return cls(function, spec)
 
     def __call__(self, prompt, outputs, columns=None):
         """Rewards of n texts for one prompt; each of the row's columns goes along, repeated. -> (n,) float64"""
         if not isinstance(prompt, str):  # messages in, messages out
             outputs = [[{"role": "assistant", "content": output}] for output in outputs]
-        arguments = {name: [value] * len(outputs) for name, value in (columns or {}).items()}
-        arguments |= {"prompts": [prompt] * len(outputs), "completions": list(outputs)}
+        n, arguments = len(outputs), (columns or {}) | {"prompts": prompt}
+        arguments = {name: [value] * n for name, value in arguments.items()} | {"completions": list(outputs)}
+        takes = inspect.signature(self.function).parameters
+        if all(p.kind is not p.VAR_KEYWORD for p in takes.values()):  # columns that it does not ask for are left out
+            arguments = {name: value for name, value in arguments.items() if name in takes}
         try:
-            rewards = self.function(**{k: v for k, v in arguments.items() if self.takes_all or k in self.takes})
+            returned = self.function(**arguments)
         except Exception:
             traceback.print_exc()
-            refuse(f"--reward-function {self.name}: raised the error above")
+            raise UserError(f"--reward-function {self.name}: raised the error above; mend it") from None
         try:
-            rewards = [float(r) for r in rewards]
-        except (TypeError, ValueError):
-            refuse(f"--reward-function {self.name}: returned {rewards!r:.80}; it must return a list of numbers")
-        if len(rewards) != len(outputs):
-            refuse(f"--reward-function {self.name}: returned {len(rewards)} rewards for {len(outputs)} completions")
-        if not all(map(math.isfinite, rewards)):
-            refuse(f"--reward-function {self.name}: returned nan or inf for {prompt!r:.60}; rewards must be finite")
-        return torch.tensor(rewards, dtype=torch.float64)
+            rewards = torch.tensor(list(returned), dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError):
+            rewards = torch.tensor(torch.nan)
+        right = rewards.shape == (n,) and rewards.isfinite().all()
+        told = f"{n} finite numbers, one for each completion; it returned {returned!r:.80} for {prompt!r:.60}"
+        refuse_if(not right, f"--reward-function {self.name}: must return {told}")
+        return rewards
 
 
 # ------------------------------------------------------------------------------------------
@@ -947,26 +937,25 @@ class Prompts:
     """The rows of a split whose prompt is at most --max-prompt-tokens long. prompts[i] -> Example"""
 
     def __init__(self, rows, tokenizer, settings, split):
-        self.rows, self.tokenizer, self.settings = rows, tokenizer, settings
-        self.pairs = METHODS[settings.method].source == "data" and split == "train"
-        where, names = f"--dataset {settings.dataset}: split {split}", rows.column_names
-        if "prompt" not in names:
-            refuse(f"{where} has no column 'prompt', only {', '.join(names)}; rename one")
-        if self.pairs and not {"chosen", "rejected"} <= set(names):
-            refuse(f"{where}: --method {settings.method} needs columns 'chosen' and 'rejected', there are {', '.join(names)}")
+        self.rows, self.tokenizer, self.settings, names = rows, tokenizer, settings, rows.column_names
+        where, there = f"--dataset {settings.dataset}: split {split}", f"there are {', '.join(names)}"
+        refuse_if("prompt" not in names, f"{where} has no column 'prompt', {there}; rename one")
         self.gold = next((name for name in GOLD_COLUMNS if name in names), None)
-        self.kept, prompts = [], rows["prompt"]
-        for i, prompt in enumerate(prompts):
-            if not (isinstance(prompt, str) and prompt.strip() or prompt and is_messages(prompt)):
-                refuse(f"{where}, row {i + 1}: a prompt must be text, or messages with role and content, not {prompt!r:.60}")
-            if len(encode(tokenizer, self.text(prompt))) <= settings.max_prompt_tokens:
-                self.kept.append(i)
-        if not self.kept:
-            limit = f"{settings.max_prompt_tokens} tokens; raise --max-prompt-tokens, or lower --max-new-tokens"
-            refuse(f"{where}: none of {len(rows)} prompts fits into {limit}")
+        self.pair = ("chosen", "rejected") if METHODS[settings.method].source == "data" and split == "train" else ()
+        refuse_if(set(self.pair) - set(names), f"{where}: --method {settings.method} needs 'chosen' and 'rejected', {there}; add them")
+        for name in ("prompt", *self.pair, *[self.gold] * (self.gold is not None)):
+            for i, text in enumerate(rows[name]):
+                right = isinstance(text, str) and (text.strip() or name != "prompt") or text and is_messages(text)
+                if not (right or text is None and name == self.gold and name not in self.pair):
+                    raise UserError(f"{where}, row {i + 1}: {name!r} must be text, or messages with role and content, not {text!r:.60}")
+        lengths = (len(ids) for batch in rows.iter(1000) for ids in encode(tokenizer, list(map(self.text, batch["prompt"]))))
+        limit = settings.max_prompt_tokens
+        self.kept = [i for i, length in enumerate(lengths) if length <= limit]
+        none = f"none of {len(rows)} prompts fits into {limit} tokens; raise --max-prompt-tokens, or lower --max-new-tokens"
+        refuse_if(not self.kept, f"{where}: {none}")
         self.summary = f"{split}: {len(self)} prompts" + ("" if self.gold else ", without gold answers, so without win-rate")
         if len(self) < len(rows):
-            self.summary += f", {len(rows) - len(self)} longer than {settings.max_prompt_tokens} tokens left out"
+            self.summary += f", {len(rows) - len(self)} longer than {limit} tokens left out"
 
     def __len__(self):
         return len(self.kept)
@@ -974,23 +963,22 @@ class Prompts:
     def __getitem__(self, i):
         columns = dict(self.rows[self.kept[i]])
         prompt = columns.pop("prompt")
-        ids = encode(self.tokenizer, self.text(prompt))
-        gold, pair = columns.get(self.gold), None
-        if self.pairs:
-            pair = [self.answer_ids(prompt, ids, answer_text(prompt, columns[name])) for name in ("chosen", "rejected")]
-        return Example(i, prompt, torch.tensor(ids), None if gold is None else answer_text(prompt, gold), pair, columns)
+        (ids,) = encode(self.tokenizer, [self.text(prompt)])
+        gold = None if columns.get(self.gold) is None else answer_text(prompt, columns[self.gold])
+        pair = [self.answer_ids(prompt, ids, answer_text(prompt, columns[name])) for name in self.pair]
+        return Example(i, prompt, torch.tensor(ids), gold, pair, columns)
 
     def text(self, prompt):
         """A prompt as the policy reads it."""
         if isinstance(prompt, str):
             return prompt
-        if not self.tokenizer.chat_template:
-            refuse(f"--dataset {self.settings.dataset}: prompts are messages, and --model has no chat template; use text")
+        lacks = "prompts are messages, and --model has no chat template; use a chat model, or prompts of text"
+        refuse_if(not self.tokenizer.chat_template, f"--dataset {self.settings.dataset}: {lacks}")
         return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
 
     def answer_ids(self, prompt, prompt_ids, answer):
         """An answer as if the policy had written it: what follows the prompt's ids, the end token, cut to length."""
-        ids = encode(self.tokenizer, self.text(prompt) + answer)
+        (ids,) = encode(self.tokenizer, [self.text(prompt) + answer])
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
         else:  # the tokenizer joins letters over the boundary; the policy could not
@@ -1007,7 +995,7 @@ def is_messages(prompt):
 def answer_text(prompt, answer):
     """An answer of the data, joined to its prompt as an output is: by a space, where neither brings white space."""
     if is_messages(answer):  # the last of them is the reply
-        answer = answer[-1]["content"] if answer else ""
+        answer = answer[-1]["content"]
     apart = isinstance(prompt, str) and answer and not prompt[-1].isspace() and not answer[0].isspace()
     return " " + answer if apart else answer
 
@@ -1019,9 +1007,7 @@ def load_splits(name):
 
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     datasets.disable_progress_bars()
-    huggingface_hub.utils.logging.set_verbosity_error()
-    if path.is_file() and path.suffix not in kinds:
-        refuse(f"--dataset {name}: of unknown kind; give .jsonl, .parquet or .csv, a directory, or a hub name")
+    refuse_if(path.is_file() and path.suffix not in kinds, f"--dataset {name}: of unknown kind; give .jsonl, .parquet or .csv")
     try:
         if path.is_file():
             found = datasets.load_dataset(kinds[path.suffix], data_files={"train": name})
@@ -1030,17 +1016,16 @@ def load_splits(name):
             found = datasets.load_dataset(name if path.is_dir() else download(name, repo_type="dataset"))
     except Exception as error:
         line = broken_line(path)
-        if line:
-            refuse(f"--dataset {line}: not a JSON object; mend or remove this line")
-        refuse(f"--dataset {name}: cannot be read ({first_line(error)}); give a hub name, a directory or a file")
+        refuse_if(line, f"--dataset {line}: not a JSON object; mend or remove this line")
+        raise UserError(f"--dataset {name}: cannot be read ({first_line(error)}); give a hub name, a directory or a file") from None
     found["validation"] = next((found[split] for split in ("validation", "valid", "val") if split in found), None)
     return {split: found.get(split) for split in ("train", "validation", "test")}
 
 
 def broken_line(path):
     """"file:line" of the first line that is no JSON object in the .jsonl files at a path, or None."""
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.is_file() else []:
-        for number, line in enumerate(file.read_bytes().splitlines() if file.suffix == ".jsonl" else [], 1):
+    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []:
+        for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], 1):
             try:
                 whole = not line.strip() or isinstance(json.loads(line), dict)
             except ValueError:
@@ -1053,17 +1038,17 @@ def load_data(settings, tokenizer, splits=None):
     """-> [train, validation, test] as Prompts. A split that the data lacks is held out from train: the same rows
     for every --seed, a tenth of it and at most 1000."""
     splits = splits or load_splits(settings.dataset)
-    if splits["train"] is None:
-        refuse(f"--dataset {settings.dataset}: has no split 'train'; name its file train.jsonl (or .parquet, .csv)")
-    for split in ("validation", "test"):
-        if splits[split] is None:
-            size = min(1000, math.ceil(len(splits["train"]) / 10))
-            order = random_subset(len(splits["train"]), len(splits["train"]), HELD_OUT)
-            splits[split], splits["train"] = splits["train"].select(order[:size]), splits["train"].select(order[size:])
-            print(f"{split}: not in the data; {size} rows of train are held out for it")
+    train = splits["train"]
+    refuse_if(train is None, f"--dataset {settings.dataset}: has no split 'train'; name its file train.jsonl (or .parquet, .csv)")
+    for split in [split for split in splits if splits[split] is None]:
+        size = min(1000, math.ceil(len(train) / 10))
+        refuse_if(len(train) < 2, f"--dataset {settings.dataset}: too few rows to hold any out as {split}; add some")
+        order = random_subset(len(train), len(train), HELD_OUT)
+        splits[split], train = train.select(order[:size]), train.select(order[size:])
+        print(f"{split}: not in the data; {size} rows of train are held out for it")
     if METHODS[settings.method].source == "data" and settings.pairs_dataset:
-        splits["train"] = load_splits(settings.pairs_dataset)["train"].map(move_cue)
-    result = [Prompts(splits[split], tokenizer, settings, split) for split in ("train", "validation", "test")]
+        train = load_splits(settings.pairs_dataset)["train"].map(move_cue)
+    result = [Prompts(rows, tokenizer, settings, split) for split, rows in (splits | {"train": train}).items()]
     print("\n".join(prompts.summary for prompts in result))
     return result
 
@@ -1123,36 +1108,6 @@ def evaluate(policy, reward, data, settings, run):
     return metrics, [line for _, _, line in lines]
 
 
-class HeldOut:
-    """D_n (eq. 13) where it was not trained: on n outputs of the prior for some validation prompts, drawn once.
-
-    The objective itself, comparable over a whole run and zero only at the posterior. Where it rises while the
-    loss on D_t falls, the policy is learning D_t by heart.
-    """
-
-    def __init__(self, policy, reward, data, settings, run):
-        def draw(i):
-            example, generator = data[i], seeded(settings.seed, HELD_OUT, i)
-            outputs = policy.sample(example.ids, settings.samples_per_prompt, settings.max_new_tokens, True, generator)
-            rewards = reward(example.prompt, [policy.text(example.ids, output) for output in outputs], example.columns)
-            log_p = policy.log_prob(example.ids, outputs, prior=True).cpu()
-            alpha_hat = posterior_weights(log_p, log_p, log_goodness(rewards, settings.goodness).to(log_p))  # q' = p
-            return example.ids, outputs, log_p, alpha_hat
-
-        self.draws = list(run.shared_out(evenly(len(data), HELD_OUT_PROMPTS), draw, "held-out samples"))
-
-    @torch.no_grad()
-    def divergence(self, policy, run):
-        """-> D_n of the policy in nats, mean over the prompts."""
-
-        def one(draw):
-            prompt_ids, outputs, log_p, alpha_hat = draw
-            beta_hat = policy_weights(policy.log_prob(prompt_ids, outputs).cpu(), log_p)
-            return float(self_normalized_kl(alpha_hat, beta_hat))
-
-        return float(np.mean(list(run.shared_out(self.draws, one, "held-out D_n"))))
-
-
 # ------------------------------------------------------------------------------------------
 # 8. The run directory, and the processes that share a run
 
@@ -1190,7 +1145,7 @@ class Run:
     """A run directory, written by the first process alone, and what the processes of a run exchange.
 
     It can be killed at any moment and gone on with. Lines are written whole; `samples.jsonl` is D_t; a checkpoint
-    is the trained weights, AdamW's state and, as its name, the number of updates, written beside and renamed. On
+    is one file with the trained weights, AdamW's state and the number of updates, written beside and renamed. On
     resuming, lines behind the checkpoint are cut off; they come again, the same. With random numbers that depend
     on (seed, purpose, index) alone there is nothing else to restore.
     """
@@ -1209,9 +1164,8 @@ class Run:
         """The lists of all processes as one: item i of the whole was item i // W of process i % W. Also a barrier."""
         if self.processes == 1:
             return mine
-        parts = [None] * self.processes
+        parts, missing = [None] * self.processes, object()
         torch.distributed.all_gather_object(parts, mine)
-        missing = object()
         return [x for turn in itertools.zip_longest(*parts, fillvalue=missing) for x in turn if x is not missing]
 
     def shared_out(self, items, function, label):
@@ -1240,15 +1194,12 @@ class Run:
         data = path.read_bytes() if path.exists() else b""
         return [json.loads(line) for line in data[: data.rfind(b"\n") + 1].split(b"\n") if line]
 
-    def write(self, name, lines, mode="a"):
-        """Appends lines, or with mode "w" replaces the file by them, whole at any moment."""
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        if self.rank == 0 and mode == "a":
-            with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(text)
-        elif self.rank == 0:
-            beside = self.path / (name + ".tmp")
-            beside.write_text(text, encoding="utf-8")
+    def write(self, name, lines, anew=False):
+        """Appends lines; or, anew, replaces the file by them, whole at any moment."""
+        if self.rank == 0:
+            beside = self.path / (name + ".tmp" if anew else name)
+            with beside.open("w" if anew else "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
             beside.replace(self.path / name)
 
     def keep(self, samples, prompt):
@@ -1262,7 +1213,7 @@ class Run:
         """D_t from samples.jsonl; a prompt whose n lines are not all there is cut off, to be drawn again."""
         lines, n = self.lines("samples.jsonl"), self.settings.samples_per_prompt
         groups = [lines[i : i + n] for i in range(0, len(lines) - n + 1, n)]
-        self.write("samples.jsonl", itertools.chain(*groups), "w")
+        self.write("samples.jsonl", itertools.chain(*groups), anew=True)
         result, dtype = [], torch.float64 if self.settings.dtype == "float64" else torch.float32
         for group in groups:
             columns = {name: [line[name] for line in group] for name in group[0]}
@@ -1274,117 +1225,122 @@ class Run:
 
     # ---- warnings
 
-    def warn(self, message):
-        if self.rank == 0 and message not in self.warned:
+    def warn_if(self, wrong, message):
+        if wrong and self.rank == 0 and message not in self.warned:
             self.warned.add(message)
             print(f"brain: warning: {message}", file=sys.stderr)
 
     def look_at(self, samples, policy):
         """Warns of a round's samples from which nothing can be learned."""
         outputs = [output for group in samples for output in group.outputs]
-        if not any(map(policy.ended, outputs)):
-            self.warn("every output was cut at --max-new-tokens; raise it, or see whether the model knows its end token")
-        if all(group.reward.max() - group.reward.min() < 1e-6 for group in samples):
-            self.warn("the outputs of each prompt all have the same reward: nothing can be learned; look at the reward")
-        if len(outputs) >= 20 and len({tuple(output.tolist()) for output in outputs}) < len(outputs) / 10:
-            self.warn("nearly all outputs are the same: the policy has collapsed; lower --learning-rate")
+        cut = "every output was cut at --max-new-tokens; raise it, or see whether the model knows its end token"
+        self.warn_if(not any(map(policy.ended, outputs)), cut)
+        flat = all(group.reward.max() - group.reward.min() < 1e-6 for group in samples)
+        self.warn_if(flat, "the outputs of each prompt all have the same reward: nothing can be learned; look at the reward")
+        few = len({tuple(output.tolist()) for output in outputs}) < len(outputs) / 10 and len(outputs) >= 20
+        self.warn_if(few, "nearly all outputs are the same: the policy has collapsed; lower --learning-rate")
 
     def log(self, line):
         """An update's line of metrics, and a warning where few samples carry the gradient for long."""
         self.write("metrics.jsonl", [line | {"time": round(time.time(), 3)}])
         grouped = METHODS[self.settings.method].group_size is not None  # pairs: an argmax has a size of 1 by design
         self.low = self.low + 1 if min(line["ess_alpha"], line["ess_beta"]) < 1.25 and not grouped else 0
-        if self.low == 50:
-            self.warn("the effective sample size was near 1 in 50 updates: one output has all the weight; "
-                      "lower --learning-rate, or renew the proposal sooner (--updates-per-iteration)")  # fmt: skip
+        near_1 = "the effective sample size was near 1 in 50 updates: one output has all the weight; lower --learning-rate, "
+        self.warn_if(self.low == 50, near_1 + "or renew the proposal sooner (--updates-per-iteration)")
 
     def stop_if_not_finite(self, metrics, batch, policy):
         """Ends the run before an infinite or undefined gradient reaches the weights, with the batch written out."""
         gradients = (p.grad for p in policy.parameters().values() if p.grad is not None)
         if all(map(math.isfinite, metrics.values())) and all(gradient.isfinite().all() for gradient in gradients):
             return
+        file = self.path / "nonfinite.json"
         if self.rank == 0:
-            found = {"metrics": repr(metrics), "batch": []}
-            for s in batch:
-                numbers = {name: repr(getattr(s, name).tolist()) for name in CACHED}
-                found["batch"].append({"row": s.row, "outputs": s.texts} | numbers)
-            (self.path / "nonfinite.json").write_text(json.dumps(found, indent=1))
-        refuse(f"the loss or its gradient is not finite (the batch: {self.path / 'nonfinite.json'}); the weights are as they were; "
-               "lower --learning-rate, or use --dtype float32")  # fmt: skip
+            found = [{"row": s.row, "outputs": s.texts} | {name: repr(getattr(s, name).tolist()) for name in CACHED} for s in batch]
+            file.write_text(json.dumps({"metrics": repr(metrics), "batch": found}, indent=1))
+        mend = "the weights are as they were; lower --learning-rate, or use --dtype float32"
+        raise UserError(f"the loss or its gradient is not finite (the batch: {file}); {mend}")
 
     # ---- evaluations, models, checkpoints
 
     def start(self, policy, reward, validation, test):
-        """What evaluations need; draws the held-out samples."""
+        """What evaluations need. The held-out samples are n outputs of the prior for some validation prompts, drawn once."""
         self.reward, self.splits = reward, {"validation": validation, "test": test}
-        self.held_out = HeldOut(policy, reward, validation, self.settings, self)
+        of_prior = dataclasses.replace(self.settings, method="dpo-sft+iw+n")  # q' = p, one group
+        draw = functools.partial(collect, policy, reward, validation, 0, of_prior)
+        self.held_out = list(self.shared_out(evenly(len(validation), HELD_OUT_PROMPTS), draw, "held-out samples"))
+
+    @torch.no_grad()
+    def divergence(self, policy):
+        """D_n (eq. 13) on the held-out samples, in nats: the objective itself, where it was not trained.
+
+        Comparable over a whole run, and zero only at the posterior. Where it rises while the loss on D_t falls, the
+        policy is learning D_t by heart.
+        """
+
+        def d_n(samples):
+            log_q = policy.log_prob(samples.prompt_ids, samples.outputs).cpu()
+            return float(brain_loss(log_q, samples.log_q_proposal, samples.alpha_hat))
+
+        return float(np.mean(list(self.shared_out(self.held_out, d_n, "held-out D_n"))))
 
     def evaluate(self, policy, step, split="validation"):
         """A line of metrics, and one on the screen. On validation, the best policy so far is saved as model/."""
         metrics, lines = evaluate(policy, self.reward, self.splits[split], self.settings, self)
-        metrics["self_normalized_kl"] = self.held_out.divergence(policy, self)
+        metrics["self_normalized_kl"] = self.divergence(policy)
         if split == "test":
-            self.write("test_outputs.jsonl", lines, "w")
+            self.write("test_outputs.jsonl", lines, anew=True)
         elif metrics.get("win_rate", math.inf) > self.best:  # without win-rate nothing can be compared: the last
             self.best = metrics.get("win_rate", -math.inf)
-            self.save("model", functools.partial(save_policy, policy))  # before its line: a killed run comes here again
+            self.save_model(policy)  # before its line: a killed run comes here again
         self.write("metrics.jsonl", [{"step": step, "split": split} | metrics | {"time": round(time.time(), 3)}])
         names = {"win_rate": "win-rate", "win_rate_half_width": "±", "reward": "  reward", "kl_to_prior": "  KL to prior"}
         names["self_normalized_kl"] = "  held-out D_n"
         told = " ".join(f"{names[name]} {value:.3f}" for name, value in metrics.items())
         print(f"update {step:>6}  {split:<10}  {told}", flush=True)
 
-    def save(self, name, fill_directory):
-        """A directory that is whole or not there: filled beside, then renamed."""
+    def save_model(self, policy):
+        """model/, filled beside and then renamed: whole, or not there and coming again."""
         if self.rank == 0:
-            beside, target = self.path / "unfinished", self.path / name
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            fill_directory(beside)
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
+            shutil.rmtree(self.path / "unfinished", ignore_errors=True)
+            (self.path / "unfinished").mkdir()
+            save_policy(policy, self.path / "unfinished")
+            shutil.rmtree(self.path / "model", ignore_errors=True)
+            (self.path / "unfinished").rename(self.path / "model")
         self.gather([])  # nobody reads it before it is there
-
-    def checkpoints(self):
-        """Numbers of updates, in order."""
-        return sorted(int(d.name) for d in (self.path / "checkpoint").glob("*"))
 
     def save_checkpoint(self, policy, optimizer, step):
         from safetensors.torch import save_file
 
-        def fill_directory(directory):
-            save_file({name: p.detach() for name, p in policy.parameters().items()}, directory / "policy.safetensors")
-            state = optimizer.state_dict()["state"]
-            state = {f"{i}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-            save_file(state, directory / "adamw.safetensors")
-
-        self.save(f"checkpoint/{step}", fill_directory)
-        for older in self.checkpoints()[:-1] if self.rank == 0 else ():
-            shutil.rmtree(self.path / "checkpoint" / str(older))
+        if self.rank == 0:
+            state = {f"adamw.{key}/{name}": x for name, p in policy.parameters().items() for key, x in optimizer.state[p].items()}
+            state |= {f"weights/{name}": p.detach() for name, p in policy.parameters().items()}
+            beside = self.path / "checkpoint" / "unfinished"
+            beside.parent.mkdir(exist_ok=True)
+            save_file(state | {"step": torch.tensor(step)}, beside)
+            beside.replace(beside.with_name("state.safetensors"))
 
     def restore(self, policy, optimizer, data):
-        """(updates done, D_t) as the newest checkpoint has it; in a new run (0, []), after the first evaluation."""
+        """(updates done, D_t) as the checkpoint has it; in a new run (0, []), after the first evaluation."""
         from safetensors.torch import load_file
 
-        if not self.checkpoints():
-            self.gather([])
-            self.write("metrics.jsonl", [], "w")
-            self.write("samples.jsonl", [], "w")
+        file = self.path / "checkpoint" / "state.safetensors"
+        new = not file.exists()
+        self.gather([])
+        if new:
+            self.write("metrics.jsonl", [], anew=True)
+            self.write("samples.jsonl", [], anew=True)
             self.evaluate(policy, 0)
             self.save_checkpoint(policy, optimizer, 0)
             return 0, []
-        step = self.checkpoints()[-1]
-        directory = self.path / "checkpoint" / str(step)
-        weights, state = load_file(directory / "policy.safetensors"), {}
+        state = load_file(file)
+        step = int(state["step"])
         for name, p in policy.parameters().items():
-            p.data.copy_(weights[name])
-        for name, value in load_file(directory / "adamw.safetensors").items():
-            i, _, key = name.partition(".")
-            state.setdefault(int(i), {})[key] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            p.data.copy_(state[f"weights/{name}"])
+            if step:
+                optimizer.state[p] = {key: state[f"adamw.{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the moments to the device of the weights
         lines = [line for line in self.lines("metrics.jsonl") if line["step"] <= step and line.get("split") != "test"]
-        self.write("metrics.jsonl", lines, "w")
+        self.write("metrics.jsonl", lines, anew=True)
         self.best = max((line["win_rate"] for line in lines if "win_rate" in line), default=-math.inf)
         return step, self.kept(data)
 
@@ -1392,37 +1348,22 @@ class Run:
         return any(line.get("split") == "test" for line in self.lines("metrics.jsonl"))
 
     def report(self):
-        """report.png: what to watch, over updates. Grey: on D_t, a moving mean. Black: evaluations on validation."""
+        """report.png: what to watch, over updates. Grey: on D_t. Black: evaluations on validation, with intervals."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        lines = self.lines("metrics.jsonl")
-        updates, evaluations = ([line for line in lines if key in line] for key in ("loss", "split"))
-        evaluations = [line for line in evaluations if line["split"] == "validation"]
-        figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-        panels = {
-            "win-rate against gold, %": ["win_rate"],
-            "mean reward": ["reward"],
-            "KL to the prior, nats": ["kl_to_prior"],
-            "D_n, nats: on D_t (the loss) and held out": ["loss", "self_normalized_kl"],
-            "effective sample size": ["ess_alpha", "ess_beta"],
-            "share of outputs that ended": ["ended"],
-        }
-        for axis, (title, names) in zip(axes.flat, panels.items()):
-            for name, style in zip(names, ("-", "--")):
-                window = max(1, len(updates) // 50)
-                if updates and name in updates[0]:
-                    means = np.convolve([line[name] for line in updates], np.ones(window) / window, "valid")
-                    steps = [line["step"] for line in updates[window - 1 :]]
-                    axis.plot(steps, means, style, color="0.55", label=f"{name} on D_t, mean of {window}")
-                points = [(line["step"], line[name], line.get(f"{name}_half_width", 0)) for line in evaluations if name in line]
-                if points:
-                    axis.errorbar(*zip(*points), fmt="o-", color="black", capsize=3, label=f"{name}, validation")
+        panels = {"win_rate": "win-rate against gold, %", "reward": "mean reward", "kl_to_prior": "KL to the prior, nats",
+                  "self_normalized_kl": "held-out D_n, nats", "loss": "loss: D_n on D_t, nats", "ess_alpha": "ESS of alpha_hat",
+                  "ess_beta": "ESS of beta_hat", "ended": "share of outputs that ended"}  # fmt: skip
+        figure, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+        for axis, (name, title) in zip(axes.flat, panels.items()):
             axis.set(title=title, xlabel="updates")
-            if axis.has_data():
-                axis.legend(fontsize=8)
+            for kind, look in (("loss", {"color": "0.6"}), ("split", {"color": "black", "marker": "o", "capsize": 3})):
+                lines = [line for line in self.lines("metrics.jsonl") if name in line and kind in line and line.get("split") != "test"]
+                points = [(line["step"], line[name], line.get(f"{name}_half_width", 0)) for line in lines]
+                axis.errorbar(*zip(*points), **look) if points else None
         figure.savefig(self.path / "report.png", dpi=100)
         plt.close(figure)
 
@@ -1458,7 +1399,7 @@ COMPANIONS = {  # what goes with a model; each entry is a default that its flag 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def setting(default, text, least=None, below=None, one_of=None):
+def setting(default, text, least=None, below=math.inf, one_of=None):
     """A field of Settings. Its value is None until it is typed, so that companions override only what was not."""
     shown = "" if default is None else f" (default: {default})"
     rules = {"real": default, "least": least, "below": below, "one_of": one_of}
@@ -1510,6 +1451,10 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
+def nearest(word, words):
+    return "".join(f"did you mean {near}? " for near in difflib.get_close_matches(word, words, 1))
+
+
 def parse(argv):
     """Command line -> Settings: what was typed, else the model's companion, else the default. UserError names a mend."""
     from transformers import HfArgumentParser
@@ -1519,87 +1464,76 @@ def parse(argv):
             return super().add_argument(*names, **known)  # without our rules
 
         def error(self, message):
-            refuse(message + "; see --help")
+            raise UserError(message + "; see --help")
 
     parser = Parser(Settings, description="BRAIn: train a policy to be the posterior p(y|x, G=1).", allow_abbrev=False)
     s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], [flag(f.name) for f in dataclasses.fields(s)], 1)
-        refuse(f"{unknown[0]}: no such flag; " + (f"did you mean {near[0]}?" if near else "see --help"))
+    fields = dataclasses.fields(s)
+    for word in unknown:
+        raise UserError(f"{word}: no such flag; {nearest(word.partition('=')[0], [flag(f.name) for f in fields])}see --help")
     companions = {"samples_per_prompt": 2} if s.method == "dpo" else {}  # a pair is what the data has
     companions |= COMPANIONS.get(s.model or "toy", {})
     if s.reward_model or s.reward_function:  # another reward than the companion, so not with its base and template
         companions = {name: value for name, value in companions.items() if not name.startswith("reward_")}
     if s.dataset:
         companions.pop("pairs_dataset", None)
-    s.typed = {f.name for f in dataclasses.fields(s) if getattr(s, f.name) is not None}
-    for f in dataclasses.fields(s):
-        value, rules = getattr(s, f.name), f.metadata
+    s.typed = {f.name for f in fields if getattr(s, f.name) is not None}
+    for f in fields:
+        value, rules, name = getattr(s, f.name), f.metadata, flag(f.name)
         if value is None:
             setattr(s, f.name, companions.get(f.name, rules.get("real")))
-        elif rules.get("one_of") and value not in rules["one_of"]:
-            near = difflib.get_close_matches(value, rules["one_of"], 1)
-            meant = f"did you mean {near[0]}? " if near else ""
-            refuse(f"{flag(f.name)} {value}: {meant}give one of {', '.join(rules['one_of'])}")
-        elif rules.get("least") is not None and not (rules["least"] <= value < (rules["below"] or math.inf)):
-            limits = f"must be at least {rules['least']}" + (f" and below {rules['below']}" if rules["below"] else "")
+        elif rules.get("one_of"):
+            choices = rules["one_of"]
+            refuse_if(value not in choices, f"{name} {value}: {nearest(value, choices)}give one of {', '.join(choices)}")
+        elif rules.get("least") is not None:
+            limits = f"at least {rules['least']}" + (f" and below {rules['below']}" if rules["below"] < math.inf else "")
             why = "; D_1 is 0 for every policy, and Theorem 4.3 needs two outputs" if f.name == "samples_per_prompt" else ""
-            refuse(f"{flag(f.name)} {value}: {limits}{why}")
+            refuse_if(not rules["least"] <= value < rules["below"], f"{name} {value}: must be {limits}{why}")
     check(s)
     return s
 
 
 def check(s):
     """Refuses settings that are each in range but do not go together, and settles device and dtype."""
-    method = METHODS[s.method]
-    given = [name for name in TOY_HAS if getattr(s, name)]
-    if s.model == "toy" and given:
-        refuse(f"{flag(given[0])}: the toy world has its own; name a model with --model, or leave it out")
-    if s.model != "toy" and s.dataset is None:
-        refuse("--dataset: missing; give prompts for --model (hub name, directory, .jsonl, .parquet or .csv)")
-    if s.model != "toy" and bool(s.reward_model) == bool(s.reward_function):
-        refuse("--reward-model or --reward-function: give one of them" + (", not both" if s.reward_model else ""))
-    if method.source == "data" and s.samples_per_prompt != 2:
-        refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} has the data's pairs; leave it out")
-    if method.group_size and s.samples_per_prompt % method.group_size:
-        refuse(f"--samples-per-prompt {s.samples_per_prompt}: --method {s.method} makes pairs; give an even number")
-    if s.learning_rate == 0:
-        refuse("--learning-rate 0: must be above 0; to evaluate alone, give --iterations 0")
-    template = s.reward_template or "{prompt}{output}"
+    method, n, template = METHODS[s.method], s.samples_per_prompt, s.reward_template or "{prompt}{output}"
+    if s.model == "toy":
+        own = ("base_model", "tokenizer", "reward_model", "reward_base", "reward_template", "reward_function", "dataset")
+        for name in (*own, "pairs_dataset", "load_in_4bit", "lora_rank"):
+            refuse_if(getattr(s, name), f"{flag(name)}: the toy world has its own; name a model with --model, or leave it out")
+    else:
+        refuse_if(s.dataset is None, "--dataset: missing; give prompts for --model (hub name, directory, .jsonl, .parquet or .csv)")
+        both = ", not both" if s.reward_model else ""
+        refuse_if(bool(s.reward_model) == bool(s.reward_function), f"--reward-model or --reward-function: give one of them{both}")
+    refuse_if(method.source == "data" and n != 2, f"--samples-per-prompt {n}: --method {s.method} has the data's pairs; leave it out")
+    refuse_if(method.group_size and n % method.group_size, f"--samples-per-prompt {n}: --method {s.method} makes pairs; give an even number")
+    refuse_if(s.learning_rate == 0, "--learning-rate 0: must be above 0; to evaluate alone, give --iterations 0")
     unknown = set(re.findall(r"\{([^{}]*)\}", template)) - {"prompt", "output"}
-    if unknown or "{output}" not in template:
-        refuse(f"--reward-template {template}: needs {{output}}, may have {{prompt}}, and no other braces")
-    if s.resume and (s.overwrite or not s.output_dir):
-        refuse("--resume: " + ("not with --overwrite; give one" if s.overwrite else "which run? give its --output-dir"))
+    wrong = unknown or "{output}" not in template
+    refuse_if(wrong, f"--reward-template {template}: needs {{output}}, may have {{prompt}}, and no other braces")
+    refuse_if(s.resume and s.overwrite, "--resume: not with --overwrite; give one")
+    refuse_if(s.resume and not s.output_dir, "--resume: which run? give its --output-dir")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", s.device):
-        refuse(f"--device {s.device}: give cpu, cuda or cuda:1")
     gpu = s.device != "cpu"
-    if gpu and not torch.cuda.is_available():
-        refuse(f"--device {s.device}: no GPU is to be seen; give --device cpu")
-    if s.load_in_4bit and not (gpu and importlib.util.find_spec("bitsandbytes") and s.lora_rank):
-        refuse("--load-in-4bit: needs a GPU, `pip install bitsandbytes` and a --lora-rank above 0; leave it out")
+    refuse_if(not re.fullmatch(r"cpu|cuda(:\d+)?", s.device), f"--device {s.device}: give cpu, cuda or cuda:1")
+    refuse_if(gpu and not torch.cuda.is_available(), f"--device {s.device}: no GPU is to be seen; give --device cpu")
+    able = gpu and importlib.util.find_spec("bitsandbytes") and s.lora_rank
+    needs = "needs a GPU, `pip install bitsandbytes` and a --lora-rank above 0; leave it out"
+    refuse_if(s.load_in_4bit and not able, f"--load-in-4bit: {needs}")
     s.dtype = s.dtype or ("bfloat16" if gpu and s.lora_rank else "float32")  # bfloat16 weights round 1e-5 away
 
 
-TOY_HAS = ("base_model", "tokenizer", "reward_model", "reward_base", "reward_template", "reward_function", "dataset")
-TOY_HAS += ("pairs_dataset", "load_in_4bit", "lora_rank")
-
-
 def base_of(s):
-    """(the model that has the weights, the adapter on it or None)."""
+    """(the model that has the weights, the adapter on it or None). An adapter's rank and alpha are the policy's."""
     config = find(s.model, "adapter_config.json")
-    if config is None and s.base_model:
-        refuse(f"--base-model: {s.model} is not an adapter; leave it out")
     if config is None:
+        refuse_if(s.base_model, f"--base-model: {s.model} is not an adapter; leave it out")
         return s.model, None
     config = json.loads(Path(config).read_text())
     base = s.base_model or config.get("base_model_name_or_path")
-    if not base:
-        refuse(f"--model {s.model}: an adapter that does not name its base; give --base-model")
+    refuse_if(not base, f"--model {s.model}: an adapter that does not name its base; give --base-model")
     for name, own in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])) if s.lora_rank else ():
-        if name in s.typed and getattr(s, name) != own:
-            refuse(f"{flag(name)} {getattr(s, name)}: the policy starts as a copy of {s.model}, which has {own}; leave it out")
+        other = name in s.typed and getattr(s, name) != own
+        refuse_if(other, f"{flag(name)} {getattr(s, name)}: the policy starts as a copy of {s.model}, which has {own}; leave it out")
         setattr(s, name, own)
     return base, s.model
 
@@ -1619,55 +1553,51 @@ def weigh(kind, config, rank=0):
 
 def plan(s, base):
     """Says what is about to happen, before anything large is downloaded or loaded. Settles --max-prompt-tokens."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    config = load(AutoConfig, base, "--model")
+    config = load_config(base, "--base-model" if s.base_model else "--model")
     room = context_of(config) - s.max_new_tokens
-    if room < 1:
-        refuse(f"--max-new-tokens {s.max_new_tokens}: no room for a prompt in a context of {context_of(config)}; lower it")
+    none = f"no room for a prompt in a context of {context_of(config)}; lower it"
+    refuse_if(room < 1, f"--max-new-tokens {s.max_new_tokens}: {none}")
     s.max_prompt_tokens = int(min(s.max_prompt_tokens or room, room, 2**20))
+    length = s.max_prompt_tokens + s.max_new_tokens
     weights, trained, cache = weigh(AutoModelForCausalLM, config, s.lora_rank)
     size = {"float64": 8, "float32": 4}.get(s.dtype, 2)  # bytes of a number
-    adam = max(size, 4) if s.lora_rank else size  # peft keeps an adapter in float32
     n = min(s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt)
     kind, each = ("4 bits", 0.5) if s.load_in_4bit else (s.dtype, size)
     parts = {f"policy and prior: {s.model}, {weights:,} weights in {kind}": weights * each}
-    if s.lora_rank:
-        parts[f"adapter of rank {s.lora_rank}: {trained:,} weights, gradient, AdamW's two moments"] = 4 * adam * trained
+    if s.lora_rank:  # peft keeps an adapter in float32 at least
+        parts[f"adapter of rank {s.lora_rank}: {trained:,} weights, gradient, AdamW's two moments"] = 4 * max(size, 4) * trained
     else:
-        parts["all weights are trained: the prior's copy, gradient, AdamW's two moments"] = 4 * adam * trained
+        parts["all weights are trained: the prior's copy, gradient, AdamW's two moments"] = 4 * size * trained
     if s.reward_model:
-        source = s.reward_base if bare_checkpoint(s.reward_model) else s.reward_model
-        if source is None:
-            refuse(BARE.format(s.reward_model))
-        config = load(AutoConfig, source, "--reward-model" if source == s.reward_model else "--reward-base")
-        count = weigh(AutoModelForSequenceClassification, config)[0]
+        bare = bare_checkpoint(s.reward_model, s.reward_base)
+        source = (s.reward_base, "--reward-base") if bare else (s.reward_model, "--reward-model")
+        count, *_ = weigh(AutoModelForSequenceClassification, load_config(*source, num_labels=1))
         parts[f"reward: {s.reward_model}, {count:,} weights in {s.dtype}"] = size * count
-    length = s.max_prompt_tokens + s.max_new_tokens
     parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * length
+    parts["together; activations come on top (--outputs-per-forward bounds them)"] = sum(parts.values())
     e, m, k = s.iterations, s.prompts_per_iteration, s.updates_per_iteration
     samples = f"{e} rounds of {m:,} prompts x {s.samples_per_prompt} outputs = {e * m * s.samples_per_prompt:,} samples"
     print(f"{s.method} on {s.dataset}: {samples}; {e} x {k:,} updates of {s.batch_size} prompts")
-    parts["together; activations come on top (--outputs-per-forward bounds them)"] = sum(parts.values())
     for what, count in parts.items():
         print(f"{count / 1e9:9.3f} GB  {what}", flush=True)
 
 
-def load_models(s, base, adapter, tokenizer):
-    """-> (policy, reward) of a real run."""
+def load_policy_and_reward(s, base, adapter, tokenizer):
+    """-> (Policy, reward) of a real run."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = getattr(torch, s.dtype)
     if s.reward_function:
         reward = RewardFunction.from_file(s.reward_function)
     else:
-        source = s.reward_model, s.reward_base, s.reward_template, s.tokenizer
-        reward = RewardModel.from_pretrained(*source, dtype, s.device)
+        reward = RewardModel.from_pretrained(s.reward_model, s.reward_base, s.reward_template, s.tokenizer, dtype, s.device)
     arguments = {"dtype": dtype}
     if s.load_in_4bit:
         four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         arguments |= {"quantization_config": four, "device_map": {"": s.device}}
-    model = load(AutoModelForCausalLM, base, "--base-model" if adapter else "--model", **arguments)
+    model = load_model(AutoModelForCausalLM, base, "--base-model" if adapter else "--model", **arguments)
     model = model if s.load_in_4bit else model.to(s.device)
     try:
         if adapter:
@@ -1676,7 +1606,7 @@ def load_models(s, base, adapter, tokenizer):
             model = PeftModel.from_pretrained(model, adapter)
         return Policy(model, tokenizer, s.lora_rank, s.lora_alpha, s.outputs_per_forward), reward
     except (OSError, ValueError, RuntimeError) as error:
-        refuse(f"--model {s.model}: {first_line(error)}; see --base-model, --lora-rank and --lora-alpha")
+        raise UserError(f"--model {s.model}: {first_line(error)}; see --base-model, --lora-rank and --lora-alpha") from None
 
 
 def open_directory(s):
@@ -1684,18 +1614,18 @@ def open_directory(s):
     path = Path(s.output_dir or "runs/" + re.sub(r"\W", "-", f"{s.model}-{s.method}-") + time.strftime("%Y%m%d-%H%M%S"))
     config = path / "config.json"
     if s.resume:
-        if not config.exists():
-            refuse(f"--resume: {path} holds no run; start it without --resume")
+        refuse_if(not config.exists(), f"--resume: {path} holds no run; start it without --resume")
         before, now = json.loads(config.read_text()), dataclasses.asdict(s)
         for name in ("output_dir", "resume", "overwrite", "device"):  # may be others than at the start
             now.pop(name)
         changed = [f"{flag(name)} was {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name]]
-        if changed:
-            refuse(f"--resume: {config} has other settings: " + "; ".join(changed))
-    elif config.exists() and not s.overwrite:
-        refuse(f"--output-dir {path}: holds a run; go on with it (--resume), replace it (--overwrite), or name another")
-    elif path.exists() and not config.exists() and (not path.is_dir() or any(path.iterdir())):
-        refuse(f"--output-dir {path}: holds other files; name another")
+        refuse_if(changed, f"--resume: {config} has other settings: {'; '.join(changed)}; give those, or another --output-dir")
+    elif config.exists():
+        mend = "go on with it (--resume), replace it (--overwrite), or name another"
+        refuse_if(not s.overwrite, f"--output-dir {path}: holds a run; {mend}")
+    else:
+        in_use = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        refuse_if(in_use, f"--output-dir {path}: holds other files; name another")
     return path
 
 
@@ -1727,7 +1657,7 @@ def join_processes(s):
 
 def execute(s, argv):
     """From settings to a report."""
-    toy = adapter = None
+    toy = None
     if s.model == "toy":
         from toy.world import Toy
 
@@ -1740,12 +1670,13 @@ def execute(s, argv):
         print(f"{run.path}: this run is finished; its best model is {run.path / 'model'}")
         return
     tokenizer = toy.tokenizer if toy else load_tokenizer(base if adapter else s.model, s.tokenizer, "--model")
+    refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no end token; set eos_token there")
     train_data, validation, test = load_data(s, tokenizer, toy and toy.splits())
     if toy:
         policy = Policy(toy.model, tokenizer, outputs_per_forward=s.outputs_per_forward)
         reward = RewardFunction(toy.world.reward_of, "toy")
     else:
-        policy, reward = load_models(s, base, adapter, tokenizer)
+        policy, reward = load_policy_and_reward(s, base, adapter, tokenizer)
     run.path = Path(run.gather([str(run.path)])[0])  # one name, one clock
     if run.rank == 0 and not s.resume:
         prepare(run.path, s, argv)
@@ -1754,7 +1685,7 @@ def execute(s, argv):
     run.start(policy, reward, validation, test)
     train(policy, reward, train_data, s, run)
     if math.isinf(run.best):
-        run.save("model", functools.partial(save_policy, policy))  # nothing to compare by: the last
+        run.save_model(policy)  # nothing to compare by: the last
     else:
         load_policy(policy, run.path / "model")
     run.evaluate(policy, s.iterations * s.updates_per_iteration, "test")
@@ -1769,7 +1700,7 @@ def main(argv=None):
     """-> exit code: 0; 2 for what the user can mend, with one line on stderr; 130 when interrupted."""
     import transformers
 
-    transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load` refuses
+    transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load_model` refuses
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
