@@ -5,15 +5,24 @@ outputs follow the posterior
 
     p(y|x, G=1)  =  p(y|x) p(G=1|y,x) / p(G=1|x)                                             (eq. 1)
 
-from which nobody can sample. BRAIn trains a policy q_theta to be that posterior. It draws n outputs from
-a proposal q', weighs each by how likely it is under the posterior (alpha_hat) and under the policy
-(beta_hat), both normalised over the n, and follows
+which cannot be sampled directly. BRAIn trains a policy q_theta to be that posterior. It draws n outputs
+from a proposal q', weighs each by how likely it is under the posterior (alpha_hat) and under the policy
+(beta_hat), both divided by how likely it was drawn and normalised over the n, and follows
 
     sum_i (alpha_hat_i - beta_hat_i) grad log q_theta(y_i|x)                                 (eq. 12)
 
 which moves probability to outputs that the posterior has more of than the policy, and away from those of
-which it has less. That is an unbiased estimate of the gradient of -D_n, a self-normalised KL divergence
-(eq. 13) that is zero at the posterior and nowhere else. DPO is its corner n = 2 with argmax weights.
+which it has less. On average over draws, that is the gradient of -D_n, where
+
+    D_n(theta)  =  E_{y_1 .. y_n ~ q'}  D_KL(alpha_hat || beta_hat)                          (eq. 13)
+
+is a self-normalised KL divergence. The draws and alpha_hat do not depend on theta (q' is a past policy, held
+fixed), so the gradient goes through the expectation and reaches log beta_hat alone (Theorem 4.2; the two
+lines of algebra are at `brain_loss`). Read term by term: sum alpha_hat grad log q is maximum likelihood on the
+posterior by importance sampling, and sum beta_hat grad log q estimates E_q[grad log q] = 0 (eq. 8-10) from
+the same draws: a baseline. At q_theta = posterior both cancel in every single draw. The estimate is unbiased
+for D_n, and for KL(posterior || q_theta) only as n grows; yet D_n is zero only at the posterior (Theorem 4.3),
+if n >= 2 and q' can draw every output. DPO is the case n = 2, q' = p, all posterior weight on the chosen output.
 
     python brain.py                                                  a toy world with a known posterior
     python brain.py --model CarperAI/openai_summarize_tldr_sft       the paper's summarisation model
@@ -57,6 +66,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,13 +79,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 # ==========================================================================================
 # Part I, the method.   1. Mathematics
 #
 # Pure functions of tensors (..., n): the n outputs of a prompt on the last axis, any axes before it.
-# Everything is a log-probability (nats) until the last moment: exp(reward) overflows at 89 in float32.
+# Everything stays a logarithm (nats) until the end: exp(reward) overflows above 88 in float32.
 
 
 def log_goodness(reward, model="bradley-terry"):
@@ -84,12 +98,12 @@ def log_goodness(reward, model="bradley-terry"):
     "bradley-terry"  r (eq. 19): a reward model trained on preferences fixes differences alone, and the
                      unknown constant cancels in alpha_hat.
     "logistic"       log sigmoid(r) (eq. 15): a reward that is the logit of a good/bad classifier.
-    Taking one for the other conditions on another event: good outputs stop mattering once sigmoid is 1.
+    The choice matters: under "logistic", two outputs with high rewards count as equally good.
     """
     if model == "bradley-terry":
         return reward
     if model == "logistic":
-        return F.logsigmoid(reward)  # log(sigmoid(r)) is -inf from r = -104 on
+        return F.logsigmoid(reward)  # log(sigmoid(r)) is -inf from r = -89 down
     raise ValueError(f"unknown goodness model {model!r}: 'bradley-terry' or 'logistic'")
 
 
@@ -138,7 +152,7 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
     counts = alpha_hat > 0  # 0 * -inf is nan
     if not baseline:
         return -(alpha_hat * log_q.where(counts, 0.0)).sum(-1).mean()
-    # log_softmax, not the logarithm of beta_hat, which is 0 once an output is e^-104 times as likely.
+    # log_softmax, not policy_weights().log(): a weight of e^-104 is 0 in float32.
     log_beta = torch.log_softmax(log_q - log_q_proposal, dim=-1)
     log_alpha = torch.where(counts, alpha_hat, 1.0).log()
     return (alpha_hat * (log_alpha - log_beta.where(counts, 0.0))).sum(-1).mean()
@@ -180,8 +194,8 @@ class Method:
     """What distinguishes BRAIn from its baselines.
 
     source      where a prompt's n outputs come from:
-                "policy"  the proposal q' = q_theta, renewed every round (line 21)
-                "prior"   q' = p for good (section 9.5)
+                "policy"  the proposal q' = q_theta, renewed every round (line 21 of Algorithm 1)
+                "prior"   q' = p throughout (section 9.5)
                 "rso"     4n draws from p, n of which are kept by `rejection_sample`
                 "data"    the data's own pair (chosen, rejected); n = 2
     group_size  over how many outputs weights are normalised; None: over all n
@@ -198,14 +212,14 @@ class Method:
         """(n,) -> (groups, group size): 32 outputs are 16 pairs, or one group of 32."""
         return x.reshape(-1, self.group_size or x.shape[-1])
 
-    def weights(self, log_p, log_q_proposal, log_goodness):
+    def weights(self, log_p, log_q_proposal, log_good):
         """alpha_hat (n,), normalised within groups. Its arguments (n,)."""
-        log_p, log_q_proposal, log_goodness = map(self.grouped, (log_p, log_q_proposal, log_goodness))
         if self.source == "data":  # people chose: the first of each pair
-            return F.one_hot(torch.zeros(len(log_p), dtype=torch.long), 2).to(log_p).reshape(-1)
+            return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
+        log_p, log_q_proposal, log_good = map(self.grouped, (log_p, log_q_proposal, log_good))
         if not self.argmax:
-            return posterior_weights(log_p, log_q_proposal, log_goodness).reshape(-1)
-        score = log_p - log_q_proposal + log_goodness
+            return posterior_weights(log_p, log_q_proposal, log_good).reshape(-1)
+        score = log_p - log_q_proposal + log_good
         best = (score == score.amax(-1, keepdim=True)).to(score)
         return (best / best.sum(-1, keepdim=True)).reshape(-1)  # departure 6
 
@@ -222,16 +236,16 @@ METHODS = {
 RSO_CANDIDATES = 4  # draws for each output that is kept; with 1 nothing is ever rejected
 
 
-def rejection_sample(log_goodness, n, generator=None):
+def rejection_sample(log_good, n, generator=None):
     """Statistical rejection sampling (Liu et al., 2023) of n among candidates drawn from the prior. -> (n,) indices
 
-    log_goodness (N,), N >= n. A candidate is accepted with probability exp(g - g_max); accepted ones leave,
+    log_good (N,), N >= n. A candidate is accepted with probability exp(g - g_max); accepted ones leave,
     and g_max is taken anew over the rest, until n are kept. An approximation: it is exact only with the
     maximum over all outputs in place of g_max, and with candidates that do not run out.
     """
-    left, kept = torch.arange(len(log_goodness)), []
+    left, kept = torch.arange(len(log_good)), []
     while len(kept) < n:
-        chance = (log_goodness[left] - log_goodness[left].max()).double().exp()
+        chance = (log_good[left] - log_good[left].max()).double().exp()
         accepted = torch.rand(len(left), generator=generator, dtype=torch.float64) < chance  # the best always is
         kept += left[accepted].tolist()
         left = left[~accepted]
@@ -244,10 +258,9 @@ def rejection_sample(log_goodness, n, generator=None):
 
 def shareable(cache):
     """Whether a prompt's cache can be handed to many outputs: keys and values, nothing recurrent."""
-    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
-
-    layers = getattr(cache, "layers", None) or [None]
-    return all(isinstance(k, DynamicLayer) and not isinstance(k, LinearAttentionCacheLayerMixin) for k in layers)
+    layers = getattr(cache, "layers", ())
+    plain = [isinstance(k, DynamicLayer) and not isinstance(k, LinearAttentionCacheLayerMixin) for k in layers]
+    return any(plain) and all(plain)
 
 
 def share(cache, rows):
@@ -266,7 +279,7 @@ def share(cache, rows):
 
 
 class Policy:
-    """A causal LM and its tokenizer as p, q' and q_theta. All three agree on what can be drawn, and how likely.
+    """A causal LM and its tokenizer as p, q' and q_theta. All three give probability to the same tokens.
 
     model                a transformers causal LM, or a PeftModel whose adapter belongs to the prior
     tokenizer            says which ids exist: GPT-J has 50400 logits and 50257 tokens, the rest is never drawn
@@ -274,8 +287,8 @@ class Policy:
                          LoRA adapter, and p the same weights with the adapter off. If `model` has an adapter
                          already, p keeps it and q_theta is a second one, a copy of it: of its rank and alpha.
     lora_alpha           LoRA's scale is lora_alpha / lora_rank
-    outputs_per_forward  how many outputs go through the model at once; None: all n. Bounds memory, changes
-                         no result.
+    outputs_per_forward  how many outputs go through the model at once; None: all n. Bounds memory, and changes
+                         results by rounding alone.
 
     Dropout is off for good: with it, beta_hat is noise where it should be 1/n (q_theta = q'). A checkpoint's
     generation config is ignored but for its end-of-sequence ids: top-k or a temperature would make log q'
@@ -302,8 +315,8 @@ class Policy:
         # A chat model may end with several tokens: the tokenizer's and those of the generation config, together.
         ends = np.atleast_1d(getattr(base.generation_config, "eos_token_id", None)).tolist() + [tokenizer.eos_token_id]
         self.ends = sorted(set(ends) - {None})
-        self._known = torch.tensor(sorted(set(tokenizer.get_vocab().values())), dtype=torch.long)
-        self._unknown = None  # (V,) bool, once V is known: the logits', which no config is sure to name
+        self._known = torch.tensor(list(tokenizer.get_vocab().values()))
+        self._unknown = None  # ids to leave out, once V is known: the logits', which no config is sure to name
         self._told = False
 
     def _second_adapter(self, model):
@@ -348,11 +361,9 @@ class Policy:
         """Log-softmax numerators (..., V): float32 at least, -inf for ids that the tokenizer does not have."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self._unknown is None:
-            self._unknown = torch.ones(logits.shape[-1], dtype=torch.bool)
-            self._unknown[self._known[self._known < logits.shape[-1]]] = False
-            self._unknown = self._unknown.to(logits.device)
-            self._all_known = not self._unknown.any()
-        return logits if self._all_known else logits.masked_fill(self._unknown, -torch.inf)
+            ids = torch.arange(logits.shape[-1])
+            self._unknown = ids[~torch.isin(ids, self._known)].to(logits.device)
+        return logits.index_fill(-1, self._unknown, -torch.inf) if len(self._unknown) else logits
 
     def _token_log_probs(self, logits, ids):
         """log-probability of ids (...) under logits (..., V). -> (...)"""
@@ -392,11 +403,11 @@ class Policy:
     def log_prob(self, prompt_ids, outputs, prior=False):
         """log q_theta(y_i|x), or log p(y_i|x) with prior=True. -> (n,) nats, with gradient (none for the prior)
 
-        prompt_ids (P,); outputs: n LongTensors (T_i,) as `sample` returns them, the end token included: it is
-        an outcome like any other, and so is being cut, whose probability is that of the prefix.
+        prompt_ids (P,); outputs: n LongTensors (T_i,) as `sample` returns them. The end token counts, as a token
+        like any other. Being cut has no token: a cut output has the probability of its prefix.
 
-        The prompt is encoded once and its cache shared by the n outputs: the same numbers as n whole
-        sequences, at a fraction of the cost. With `outputs_per_forward` the outputs go in chunks that are
+        The prompt is encoded once and its cache shared by the n outputs: the numbers of n whole sequences, to
+        rounding, at a fraction of the cost. With `outputs_per_forward` the outputs go in chunks that are
         computed again in the backward, so that the activations of one chunk exist at a time; the gradients of
         all chunks meet in the prompt's cache, and go through the prompt once. Half precision is summed in float32.
         """
@@ -404,42 +415,21 @@ class Policy:
         size = self.outputs_per_forward or len(outputs)
         chunks = [outputs[i : i + size] for i in range(0, len(outputs), size)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not prior), self._weights(prior) as model:
-            first, cache = self._prefill(model, prompt)
-
-            def score(chunk):
-                return self._score(model, prompt, chunk, first, cache)
-
+            # All but the last token, which predicts the first one of the output and goes along with it.
+            cache = self._prefill(model, prompt[:, :-1])[1] if prompt.shape[1] > 1 else None
+            score = functools.partial(self._score, model, prompt, cache)
             if len(chunks) > 1 and torch.is_grad_enabled():
                 return torch.cat([checkpoint(score, c, use_reentrant=False, preserve_rng_state=False) for c in chunks])
             return torch.cat([score(c) for c in chunks])
 
-    def _score(self, model, prompt, outputs, first, cache):
-        """Log-probabilities (c,) of c outputs of one prompt (1, P), from its cache and next-token logits (1, V)."""
-        ids, real = pad_right(outputs, self.device)  # (c, T), padding never looks back: attention is causal
-        count, length = ids.shape
-        if cache is None:  # whole sequences; their last T positions but one predict the output
-            whole = torch.cat([prompt.expand(count, -1), ids[:, :-1]], 1)
-            logits = self._forward(model, whole, length, use_cache=False).logits
-            return torch.where(real, self._token_log_probs(logits, ids), 0.0).sum(-1)
-        log_prob = self._token_log_probs(first.expand(count, -1), ids[:, 0])
-        if length > 1:
-            logits = self._forward(model, ids[:, :-1], length - 1, cache=share(cache, count)).logits  # (c, T-1, V)
-            log_prob = log_prob + torch.where(real[:, 1:], self._token_log_probs(logits, ids[:, 1:]), 0.0).sum(-1)
-        return log_prob
-
-    @torch.no_grad()
-    def log_prob_batch(self, prompts, outputs, prior=False):
-        """Like log_prob without gradient, for B prompts with one output each. -> (B,). What evaluation needs."""
-        ids, mask = pad_left(prompts, self.device)
-        targets, real = pad_right(outputs, self.device)
-        whole = torch.cat([ids, targets[:, :-1]], 1)
-        if mask is not None:
-            mask = F.pad(mask, (0, targets.shape[1] - 1), value=1)
-        with self._weights(prior) as model:
-            logits = self._forward(model, whole, targets.shape[1], mask, use_cache=False).logits
-        if logits.isnan().any() and mask is not None:  # see sample_batch
-            return torch.cat([self.log_prob_batch([x], [y], prior) for x, y in zip(prompts, outputs)])
-        return torch.where(real, self._token_log_probs(logits, targets), 0.0).sum(-1)
+    def _score(self, model, prompt, cache, outputs):
+        """Log-probabilities (c,) of c outputs of one prompt (1, P), from the cache of its first P-1 tokens, or from none."""
+        ids, real = pad_right(outputs, self.device)  # (c, T), padding behind: attention is causal
+        before = (prompt[:, -1:] if cache else prompt).expand(len(ids), -1)
+        inputs = torch.cat([before, ids[:, :-1]], 1)  # its last T positions predict the output
+        cache = cache and share(cache, len(ids))
+        logits = self._forward(model, inputs, ids.shape[1], cache=cache, use_cache=bool(cache)).logits  # (c, T, V)
+        return torch.where(real, self._token_log_probs(logits, ids), 0.0).sum(-1)
 
     # ---- sampling
 
@@ -452,39 +442,34 @@ class Policy:
         """
         return self.sample_batch([prompt_ids], n, max_new_tokens, prior, [generator], greedy)[0][0]
 
+    @torch.no_grad()
     def sample_batch(self, prompts, n, max_new_tokens, prior=False, generators=None, greedy=False):
         """As `sample`, for B prompts at once. -> (list of B lists of n outputs, their log-probabilities (B, n))
 
         The log-probabilities are the sampler's own sums: equal to log_prob's to rounding. Training takes
         log_prob's, so that beta_hat is 1/n at step 0 and not nearly so.
         """
-        # One uniform number for each token to come, drawn beforehand: what a row draws does not depend on
-        # the rows beside it, on chunks, or on which of them have ended.
         generators = generators or [None] * len(prompts)
-        uniform = [torch.rand(n, max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
-        outputs, log_prob = self._sample(prompts, torch.stack(uniform).to(self.device), prior, greedy)
-        return [outputs[i : i + n] for i in range(0, len(outputs), n)], log_prob.reshape(-1, n)
-
-    @torch.no_grad()
-    def _sample(self, prompts, uniform, prior, greedy):
-        """B prompts and random numbers (B, n, T) -> (B n outputs, their log-probabilities (B n,))."""
         ids, mask = pad_left(prompts, self.device)
-        n, (outputs, log_prob) = uniform.shape[1], ([], [])
         with self._weights(prior) as model:
             logits, cache = self._prefill(model, ids, mask)
-            # A recurrent state would run over the padding; and some attention code in float64 makes nan of a
+            # A recurrent state would run over the padding, and some attention code in float64 makes nan of a
             # row that is padding alone. Then prompts go one by one.
             if mask is not None and (cache is None or logits.isnan().any()):
-                parts = [self._sample([prompt], u[None], prior, greedy) for prompt, u in zip(prompts, uniform)]
-                return [output for some, _ in parts for output in some], torch.cat([sums for _, sums in parts])
-            every = torch.arange(len(prompts) * n, device=self.device)
-            for rows in every.split(self.outputs_per_forward or len(every)):
+                each = zip(prompts, generators)
+                outputs, sums = zip(*[self.sample_batch([x], n, max_new_tokens, prior, [g], greedy) for x, g in each])
+                return [some for (some,) in outputs], torch.cat(sums)
+            # One uniform number for each token to come, drawn beforehand: what a row draws does not depend on
+            # the rows beside it, on chunks, or on which of them have ended.
+            uniform = [torch.rand(n, max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
+            uniform, outputs, sums = torch.cat(uniform).to(self.device), [], []  # (B n, max_new_tokens)
+            for rows in torch.arange(len(uniform), device=self.device).split(self.outputs_per_forward or len(uniform)):
                 of = rows // n  # each output's prompt
                 state = ids[of], logits[of], None if mask is None else mask[of], cache and share(cache, of)
-                some, sums = self._continue(model, *state, uniform.flatten(0, 1)[rows], greedy)
+                some, log_prob = self._continue(model, *state, uniform[rows], greedy)
                 outputs += some
-                log_prob.append(sums)
-        return outputs, torch.cat(log_prob)
+                sums.append(log_prob)
+        return [outputs[i : i + n] for i in range(0, len(outputs), n)], torch.cat(sums).reshape(-1, n)
 
     def _continue(self, model, prompts, logits, mask, cache, uniform, greedy):
         """Draw R outputs token by token from next-token logits (R, V); rows that have ended leave the batch."""
@@ -547,9 +532,8 @@ def add_adapter(model, rank, alpha):
 
 def pad_right(sequences, device):
     """n LongTensors (T_i,) -> ids (n, T) and which of them are real, (n, T) bool."""
-    ids = torch.nn.utils.rnn.pad_sequence([s.to(device) for s in sequences], batch_first=True)
-    lengths = torch.tensor([len(s) for s in sequences], device=device)
-    return ids, torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).to(device)
+    return ids.clamp(min=0), ids >= 0
 
 
 def pad_left(sequences, device):
@@ -602,21 +586,17 @@ def train(policy, reward, data, settings, run):
     reward    reward(prompt, texts, columns) -> (n,): r(x, y)
     data      Prompts: D
     settings  Settings: e, m, n, k in words
-    run       Run: keeps D_t, the metrics and checkpoints, so that a killed run goes on where it was
+    run       Run, started: keeps D_t, the metrics and checkpoints, so that a killed run goes on where it was
     """
-    optimizer = torch.optim.AdamW(  # departure 3
-        policy.parameters().values(),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.weight_decay,
-    )
+    weights, betas = policy.parameters().values(), (settings.adam_beta1, settings.adam_beta2)
+    optimizer = torch.optim.AdamW(weights, settings.learning_rate, betas, weight_decay=settings.weight_decay)  # departure 3
     step, buffer = run.restore(policy, optimizer, data)  # line 2: 0 and D_0 = {} in a new run
     k, last = settings.updates_per_iteration, settings.updates_per_iteration * settings.iterations
     for t in range(1, settings.iterations + 1):  # line 3
         rows = random_subset(len(data), settings.prompts_per_iteration, settings.seed, PROMPTS, t)  # line 4: S_t
         rows = rows[sum(samples.iteration == t for samples in buffer) :]  # what a killed run has left of them
-        sample = functools.partial(collect, policy, reward, data, t, settings)
-        for samples in run.shared_out(rows, sample, f"round {t}, sampling"):  # lines 5 to 11
+        draw = functools.partial(collect, policy, reward, data, t, settings)
+        for samples in run.shared_out(rows, draw, f"round {t}, sampling"):  # lines 5 to 11
             run.keep(samples, data[samples.row].prompt)
             buffer.append(samples)  # line 12: D_t keeps the samples of all rounds
         run.look_at([samples for samples in buffer if samples.iteration == t], policy)
@@ -659,7 +639,7 @@ def update(policy, optimizer, batch, method, run):
 
     Diagnostics are means over the batch, of weights as they are: nothing is clipped anywhere. Watch
         ess_alpha    near 1: one output has all the weight; rewards spread too far, or n is too small
-        ess_beta     starts at n; falls as q_theta leaves the proposals that drew D_t. Near 1: renew sooner
+        ess_beta     starts at n (2 for pairs); falls as q_theta leaves the proposals that drew D_t. Near 1: renew sooner
         max_weight   the largest alpha_hat or beta_hat of the batch
         kl_to_prior  sum beta_hat (log q_theta - log p): a self-normalised estimate of KL(q_theta || p), nats
         ended        share of outputs that ended by themselves
@@ -697,7 +677,7 @@ def update(policy, optimizer, batch, method, run):
 
 
 class UserError(Exception):
-    """Something that the user can mend: printed in one line, exit code 2, nothing touched."""
+    """Something that the user can fix: printed in one line, exit code 2."""
 
 
 def refuse_if(wrong, message):
@@ -711,13 +691,10 @@ def first_line(error):
 
 def find(name, *files):
     """Path of the first of these files in a directory or hub repository, or None. Downloads no other."""
-    from transformers.utils import cached_file
-
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    try:
-        return next((path for path in (cached_file(name, file, **quiet) for file in files) if path), None)
-    except OSError:  # no such directory or repository: said by what loads it
-        return None
+    for file in files:
+        with contextlib.suppress(OSError):  # no such file, directory or repository: said by what loads it
+            if path := transformers.utils.cached_file(name, file):
+                return path
 
 
 def load(kind, name, flag_name, **arguments):
@@ -741,12 +718,10 @@ def load_model(kind, name, flag_name, **arguments):
 
 def load_tokenizer(name, fallback, flag_name):
     """The tokenizer of a model, or `fallback` where it has none: fine-tunes of GPT-J often come without."""
-    from transformers import AutoTokenizer
-
     files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     place = name if fallback is None or find(name, *files) else fallback
     refuse_if(not find(place, *files), f"{flag_name} {place}: no tokenizer found there; name one with --tokenizer")
-    tokenizer = load(AutoTokenizer, place, flag_name)
+    tokenizer = load(transformers.AutoTokenizer, place, flag_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -754,12 +729,18 @@ def load_tokenizer(name, fallback, flag_name):
 def encode(tokenizer, texts):
     """Token ids of each text, with the beginning token that this tokenizer puts before texts, and no end token.
 
-    Text from a chat template brings its beginning token along: it is not doubled. An end token behind a prompt
-    would end it, and behind a text it would move "the last token", where a reward model is read.
+    A chat template writes the beginning token itself: it is not added twice. An end token behind a prompt would
+    end it, and behind a text it would move "the last token", where a reward model is read.
     """
-    bos = [tokenizer.bos_token_id]
-    begins = tokenizer("a").input_ids[:1] == bos
-    return [bos + ids if begins and ids[:1] != bos else ids for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+    bos = tokenizer("a").input_ids[:1]
+    bos = bos if bos == [tokenizer.bos_token_id] else []
+    return [ids if ids[:1] == bos else bos + ids for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def chat(tokenizer, messages, flag_name, **how):
+    """Messages as text, by the tokenizer's chat template."""
+    refuse_if(not tokenizer.chat_template, f"{flag_name}: has no chat template, and prompts are messages; use a chat model, or text")
+    return tokenizer.apply_chat_template(messages, tokenize=False, **how)
 
 
 def fill(template, prompt, output):
@@ -774,78 +755,68 @@ class RewardModel:
     model      a transformers *ForSequenceClassification
     template   text with {prompt} and {output}, by default one behind the other. Where the prompt is a list of
                messages, the chat template of this model's tokenizer takes its place, the output as a reply.
+    outputs_per_forward  bounds memory: how many outputs go through the model at once; None: all n
     """
 
-    def __init__(self, model, tokenizer, template=None):
+    def __init__(self, model, tokenizer, template=None, outputs_per_forward=None):
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template or "{prompt}{output}"
+        self.outputs_per_forward = outputs_per_forward
         self.head = getattr(model, "score", None)  # decoders have it; encoders such as BERT pool in their own way
 
     @classmethod
-    def from_pretrained(cls, name, base=None, template=None, tokenizer=None, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, name, base=None, template=None, tokenizer=None, dtype=torch.float32, device="cpu", **settings):
         """From a directory or hub name; or from a bare checkpoint, weights alone, with config and tokenizer of `base`.
 
         `tokenizer` is used where the model (or base) has none. UserError says what does not fit.
         """
-        from transformers import AutoModelForSequenceClassification as Classifier
-
-        bare = bare_checkpoint(name, base)
+        kind, bare = transformers.AutoModelForSequenceClassification, bare_checkpoint(name, base)
         if bare is None:
-            model = load_model(Classifier, name, "--reward-model", dtype=dtype)
+            model = load_model(kind, name, "--reward-model", dtype=dtype)
             labels = model.config.num_labels
-            refuse_if(labels != 1, f"--reward-model {name}: has {labels} labels; a reward model has one")
+            refuse_if(labels != 1, f"--reward-model {name}: has {labels} labels; give a reward model, which has one")
         else:
-            config = load_config(base, "--reward-base", num_labels=1)
+            config = load(transformers.AutoConfig, base, "--reward-base", num_labels=1)
             with torch.device("meta"):
-                kind = type(Classifier.from_config(config))
+                kind = type(kind.from_config(config))
             model = load_model(kind, bare, "--reward-model", config=config, state_dict=bare_weights(bare), dtype=dtype)
-        return cls(model.to(device), load_tokenizer(base if bare else name, tokenizer, "--reward-model"), template)
+        tokenizer = load_tokenizer(base if bare else name, tokenizer, "--reward-model")
+        return cls(model.to(device), tokenizer, template, **settings)
 
     @torch.no_grad()
     def __call__(self, prompt, outputs, columns=None):
         """Rewards of n texts for one prompt. -> (n,) float32"""
-        texts = [self._text(prompt, output) for output in outputs]
-        if self.head is None:
-            batch = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
-            longest, score = batch.input_ids.shape[1], lambda: self.model(**batch).logits[:, 0]
-        else:
-            ids = [torch.tensor(ids) for ids in encode(self.tokenizer, texts)]
-            longest, score = max(map(len, ids)), lambda: self._scores(ids)
-        context = context_of(self.model.config)
-        refuse_if(longest > context, f"--reward-model: a text of {longest} tokens in a context of {context}; lower --max-prompt-tokens")
-        rewards = score().float().cpu()
-        refuse_if(not rewards.isfinite().all(), f"--reward-model: gave nan or inf for {texts[0]!r:.60}; try --dtype float32")
+        size = self.outputs_per_forward or len(outputs)
+        chunks = [self._scores([self._text(prompt, output) for output in outputs[i : i + size]]) for i in range(0, len(outputs), size)]
+        rewards = torch.cat(chunks).float().cpu()
+        refuse_if(not rewards.isfinite().all(), f"--reward-model: gave nan or inf for {outputs!r:.60}; try --dtype float32")
         return rewards
 
     def _text(self, prompt, output):
         if isinstance(prompt, str):
             return fill(self.template, prompt, output)
-        lacks = "--reward-model: has no chat template, and prompts are messages; use one that has, or --reward-function"
-        refuse_if(not self.tokenizer.chat_template, lacks)
-        return self.tokenizer.apply_chat_template(prompt + [{"role": "assistant", "content": output}], tokenize=False)
+        return chat(self.tokenizer, prompt + [{"role": "assistant", "content": output}], "--reward-model")
 
-    def _scores(self, ids):
-        """The score head at the last token of n LongTensors. -> (n,)
+    def _scores(self, texts):
+        """Scores of texts that begin alike. -> (n,)
 
-        What they begin with in common is computed once: as tokens, since a tokenizer may join the last letters
-        of the prompt with the first of an output. Not the model's own pooling: that takes the last token that
-        is not padding, and misses an end token that the template asks for where pad = eos.
+        Their common beginning is computed once: as tokens, since a tokenizer may join the last letters of the
+        prompt with the first of an output. Not the model's own pooling: that takes the last token that is not
+        padding, and misses an end token that the template asks for where pad = eos.
         """
-        decoder, device = self.model.base_model, self.model.device
-        alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*(s.tolist() for s in ids)))
-        common = min(sum(1 for _ in alike), min(map(len, ids)) - 1)  # at least one token of each is its own
-        cache = None
+        ids = self.tokenizer(texts).input_ids if self.head is None else encode(self.tokenizer, texts)
+        longest, context, device = max(map(len, ids)), context_of(self.model.config), self.model.device
+        refuse_if(longest > context, f"--reward-model: a text of {longest} tokens in a context of {context}; lower --max-prompt-tokens")
+        if self.head is None:
+            return self.model(**self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)).logits[:, 0]
+        decoder, cache = self.model.base_model, None
+        alike = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*ids))
+        common = min(sum(1 for _ in alike), min(map(len, ids)) - 1)  # each keeps one token of its own, where it is read
         if common and len(ids) > 1:
-            cache = decoder(input_ids=ids[0][None, :common].to(device), use_cache=True).past_key_values
+            cache = decoder(input_ids=torch.tensor([ids[0][:common]], device=device), use_cache=True).past_key_values
             cache = share(cache, len(ids)) if shareable(cache) else None
-        rest, real = pad_right([s[common:] if cache else s for s in ids], device)  # (n, T), padding behind: no mask
+        rest, real = pad_right([torch.tensor(s[common:] if cache else s) for s in ids], device)  # (n, T), padding behind: no mask
         hidden = decoder(input_ids=rest, past_key_values=cache, use_cache=cache is not None).last_hidden_state
         return self.head(hidden[torch.arange(len(ids)), real.sum(-1) - 1])[:, 0]
-
-
-def load_config(name, flag_name, **arguments):
-    from transformers import AutoConfig
-
-    return load(AutoConfig, name, flag_name, **arguments)
 
 
 def context_of(config):
@@ -855,12 +826,10 @@ def context_of(config):
 
 def bare_checkpoint(name, base):
     """Path of a reward model that is one file of weights, without config, and so needs a base; None for any other."""
-    file = name if Path(name).is_file() else None
-    if file is None and not find(name, "config.json"):
-        file = find(name, "pytorch_model.bin", "hf_ckpt.pt")
-    lacks = "is weights alone; name the model that it was trained from with --reward-base"
-    refuse_if(file and not base, f"--reward-model {name}: {lacks}")
-    return file
+    bare = name if Path(name).is_file() else None if find(name, "config.json") else find(name, "pytorch_model.bin", "hf_ckpt.pt")
+    needs = "is weights alone; name the model that it was trained from with --reward-base"
+    refuse_if(bare and not base, f"--reward-model {name}: {needs}")
+    return bare
 
 
 def bare_weights(path):
@@ -878,7 +847,7 @@ class RewardFunction:
     """A user's f(prompts, completions, **columns) -> list of floats, called as TRL does: by keyword, lists of one length."""
 
     def __init__(self, function, name):
-        self.function, self.name = function, name
+        self.function, self.name = function, f"--reward-function {name}"
 
     @classmethod
     def from_file(cls, spec):
@@ -887,8 +856,10 @@ class RewardFunction:
         there = Path(path).is_file() and path.endswith(".py")
         refuse_if(not there, f"--reward-function {spec}: no such Python file; give file.py:name")
         source = importlib.util.spec_from_file_location("reward_function", path)
-        module = importlib.util.module_from_spec(source)
-        source.loader.exec_module(module)
+        sys.modules["reward_function"] = module = importlib.util.module_from_spec(source)
+        sys.path.append(str(Path(path).resolve().parent))  # for what it imports from beside it
+        with users_code(f"--reward-function {spec}"):
+            source.loader.exec_module(module)
         function = getattr(module, name, None)
         refuse_if(not callable(function), f"--reward-function {spec}: {path} has no function {name}; give another name")
         return cls(function, spec)
@@ -902,19 +873,23 @@ class RewardFunction:
         takes = inspect.signature(self.function).parameters
         if all(p.kind is not p.VAR_KEYWORD for p in takes.values()):  # columns that it does not ask for are left out
             arguments = {name: value for name, value in arguments.items() if name in takes}
-        try:
-            returned = self.function(**arguments)
-        except Exception:
-            traceback.print_exc()
-            raise UserError(f"--reward-function {self.name}: raised the error above; mend it") from None
-        try:
+        with users_code(self.name):
+            rewards = returned = self.function(**arguments)
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
             rewards = torch.tensor(list(returned), dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            rewards = torch.tensor(torch.nan)
-        right = rewards.shape == (n,) and rewards.isfinite().all()
-        told = f"{n} finite numbers, one for each completion; it returned {returned!r:.80} for {prompt!r:.60}"
-        refuse_if(not right, f"--reward-function {self.name}: must return {told}")
+        right = isinstance(rewards, torch.Tensor) and rewards.shape == (n,) and rewards.isfinite().all()
+        text = f"{n} finite numbers, one for each completion; it returned {returned!r:.80} for {prompt!r:.60}"
+        refuse_if(not right, f"{self.name}: must return {text}")
         return rewards
+
+
+@contextlib.contextmanager
+def users_code(name):
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise UserError(f"{name}: raised the error above; fix it there") from None
 
 
 # ------------------------------------------------------------------------------------------
@@ -936,17 +911,18 @@ class Example:
 class Prompts:
     """The rows of a split whose prompt is at most --max-prompt-tokens long. prompts[i] -> Example"""
 
-    def __init__(self, rows, tokenizer, settings, split):
+    def __init__(self, rows, tokenizer, settings, split, source):
         self.rows, self.tokenizer, self.settings, names = rows, tokenizer, settings, rows.column_names
-        where, there = f"--dataset {settings.dataset}: split {split}", f"there are {', '.join(names)}"
+        where, there = f"{source}: split {split}", f"there are {', '.join(names)}"
         refuse_if("prompt" not in names, f"{where} has no column 'prompt', {there}; rename one")
         self.gold = next((name for name in GOLD_COLUMNS if name in names), None)
         self.pair = ("chosen", "rejected") if METHODS[settings.method].source == "data" and split == "train" else ()
         refuse_if(set(self.pair) - set(names), f"{where}: --method {settings.method} needs 'chosen' and 'rejected', {there}; add them")
-        for name in ("prompt", *self.pair, *[self.gold] * (self.gold is not None)):
+        for name in {"prompt", *self.pair, self.gold} - {None}:
             for i, text in enumerate(rows[name]):
-                right = isinstance(text, str) and (text.strip() or name != "prompt") or text and is_messages(text)
-                if not (right or text is None and name == self.gold and name not in self.pair):
+                valid = is_messages(text) or isinstance(text, str) and (text.strip() or name != "prompt")
+                optional = text is None and name == self.gold and name not in self.pair
+                if not (valid or optional):
                     raise UserError(f"{where}, row {i + 1}: {name!r} must be text, or messages with role and content, not {text!r:.60}")
         lengths = (len(ids) for batch in rows.iter(1000) for ids in encode(tokenizer, list(map(self.text, batch["prompt"]))))
         limit = settings.max_prompt_tokens
@@ -970,11 +946,7 @@ class Prompts:
 
     def text(self, prompt):
         """A prompt as the policy reads it."""
-        if isinstance(prompt, str):
-            return prompt
-        lacks = "prompts are messages, and --model has no chat template; use a chat model, or prompts of text"
-        refuse_if(not self.tokenizer.chat_template, f"--dataset {self.settings.dataset}: {lacks}")
-        return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return prompt if isinstance(prompt, str) else chat(self.tokenizer, prompt, "--model", add_generation_prompt=True)
 
     def answer_ids(self, prompt, prompt_ids, answer):
         """An answer as if the policy had written it: what follows the prompt's ids, the end token, cut to length."""
@@ -987,9 +959,10 @@ class Prompts:
 
 
 def is_messages(prompt):
-    """Whether a prompt or an answer is a list of {"role": text, "content": text}."""
-    texts = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)  # noqa: E731
-    return isinstance(prompt, list) and all(map(texts, prompt))
+    """Whether a prompt or an answer is a list of {"role": text, "content": text}, at least one."""
+    if not (isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt)):
+        return False
+    return all(isinstance(message.get(name), str) for message in prompt for name in ("role", "content"))
 
 
 def answer_text(prompt, answer):
@@ -1000,14 +973,14 @@ def answer_text(prompt, answer):
     return " " + answer if apart else answer
 
 
-def load_splits(name):
+def load_splits(name, flag_name):
     """{"train", "validation", "test": rows or None} of a hub name, a directory, or a .jsonl, .parquet or .csv file."""
     import datasets
     import huggingface_hub
 
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     datasets.disable_progress_bars()
-    refuse_if(path.is_file() and path.suffix not in kinds, f"--dataset {name}: of unknown kind; give .jsonl, .parquet or .csv")
+    refuse_if(path.is_file() and path.suffix not in kinds, f"{flag_name} {name}: of unknown kind; give .jsonl, .parquet or .csv")
     try:
         if path.is_file():
             found = datasets.load_dataset(kinds[path.suffix], data_files={"train": name})
@@ -1016,46 +989,49 @@ def load_splits(name):
             found = datasets.load_dataset(name if path.is_dir() else download(name, repo_type="dataset"))
     except Exception as error:
         line = broken_line(path)
-        refuse_if(line, f"--dataset {line}: not a JSON object; mend or remove this line")
-        raise UserError(f"--dataset {name}: cannot be read ({first_line(error)}); give a hub name, a directory or a file") from None
+        refuse_if(line, f"{flag_name} {line}: not a JSON object; correct or remove this line")
+        raise UserError(f"{flag_name} {name}: cannot be read ({first_line(error)}); give a hub name, a directory or a file") from None
     found["validation"] = next((found[split] for split in ("validation", "valid", "val") if split in found), None)
+    refuse_if("train" not in found, f"{flag_name} {name}: has no split 'train'; name its file train.jsonl (or .parquet, .csv)")
     return {split: found.get(split) for split in ("train", "validation", "test")}
 
 
 def broken_line(path):
     """"file:line" of the first line that is no JSON object in the .jsonl files at a path, or None."""
-    for file in sorted(path.glob("*.jsonl")) if path.is_dir() else [path] if path.suffix == ".jsonl" else []:
-        for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], 1):
+    for file in path.glob("*.jsonl") if path.is_dir() else [path]:
+        for number, line in enumerate(file.read_bytes().splitlines() if file.suffix == ".jsonl" and file.exists() else [], 1):
             try:
-                whole = not line.strip() or isinstance(json.loads(line), dict)
+                fine = not line.strip() or isinstance(json.loads(line), dict)
             except ValueError:
-                whole = False
-            if not whole:
+                fine = False
+            if not fine:
                 return f"{file}:{number}"
 
 
 def load_data(settings, tokenizer, splits=None):
     """-> [train, validation, test] as Prompts. A split that the data lacks is held out from train: the same rows
     for every --seed, a tenth of it and at most 1000."""
-    splits = splits or load_splits(settings.dataset)
-    train = splits["train"]
-    refuse_if(train is None, f"--dataset {settings.dataset}: has no split 'train'; name its file train.jsonl (or .parquet, .csv)")
+    source = f"--dataset {settings.dataset}"
+    splits = splits or load_splits(settings.dataset, "--dataset")
     for split in [split for split in splits if splits[split] is None]:
+        train = splits["train"]
+        refuse_if(len(train) < 2, f"{source}: too few rows to hold any out as {split}; add some")
         size = min(1000, math.ceil(len(train) / 10))
-        refuse_if(len(train) < 2, f"--dataset {settings.dataset}: too few rows to hold any out as {split}; add some")
         order = random_subset(len(train), len(train), HELD_OUT)
-        splits[split], train = train.select(order[:size]), train.select(order[size:])
+        splits[split], splits["train"] = train.select(order[:size]), train.select(order[size:])
         print(f"{split}: not in the data; {size} rows of train are held out for it")
+    result = [Prompts(splits[split], tokenizer, settings, split, source) for split in ("validation", "test")]
     if METHODS[settings.method].source == "data" and settings.pairs_dataset:
-        train = load_splits(settings.pairs_dataset)["train"].map(move_cue)
-    result = [Prompts(rows, tokenizer, settings, split) for split, rows in (splits | {"train": train}).items()]
+        source = f"--pairs-dataset {settings.pairs_dataset}"
+        splits["train"] = load_splits(settings.pairs_dataset, "--pairs-dataset")["train"].map(move_cue)
+    result.insert(0, Prompts(splits["train"], tokenizer, settings, "train", source))
     print("\n".join(prompts.summary for prompts in result))
     return result
 
 
 def move_cue(row, cue="TL;DR:"):
     """openai_summarize_comparisons has the cue before each answer: to the end of the prompt, as in openai_summarize_tldr."""
-    if not row["chosen"].startswith(cue):
+    if not str(row.get("chosen")).startswith(cue) or "rejected" not in row:
         return row
     answers = {name: row[name].removeprefix(cue) for name in ("chosen", "rejected")}
     return row | {"prompt": row["prompt"].rstrip() + "\n" + cue} | answers
@@ -1083,20 +1059,20 @@ def evaluate(policy, reward, data, settings, run):
     """
     rows = evenly(len(data), settings.eval_prompts or len(data))
     rows.sort(key=lambda i: len(data[i].ids))  # alike lengths together: less padding
-    batches = [rows[i : i + EVALUATION_BATCH] for i in range(0, len(rows), EVALUATION_BATCH)]
+    size = min(EVALUATION_BATCH, settings.outputs_per_forward or EVALUATION_BATCH)
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def answer(batch):
         examples, lines = [data[i] for i in batch], []
         prompts = [example.ids for example in examples]
         generators = [seeded(settings.seed, EVALUATION, i) for i in batch]
         outputs, log_q = policy.sample_batch(prompts, 1, settings.max_new_tokens, False, generators, settings.greedy)
-        outputs = [output for (output,) in outputs]
-        log_ratio = log_q[:, 0] - policy.log_prob_batch(prompts, outputs, prior=True)
-        for example, output, ratio in zip(examples, outputs, log_ratio.tolist()):
-            line = {"prompt": example.prompt, "gold": example.gold, "output": policy.text(example.ids, output)}
+        for example, output, own in zip(examples, outputs, log_q.cpu()):
+            line = {"prompt": example.prompt, "gold": example.gold, "output": policy.text(example.ids, output[0])}
             texts = [line["output"]] + [example.gold] * (example.gold is not None)  # together: they share the prompt
             line["reward"], line["gold_reward"] = (reward(example.prompt, texts, example.columns).tolist() + [None])[:2]
-            lines.append((example.row, ratio, line))
+            ratio = own - policy.log_prob(example.ids, output, prior=True).cpu()
+            lines.append((example.row, ratio.item(), line))
         return lines
 
     lines = sorted(itertools.chain(*run.shared_out(batches, answer, "evaluation")), key=lambda line: line[0])
@@ -1111,8 +1087,8 @@ def evaluate(policy, reward, data, settings, run):
 # ------------------------------------------------------------------------------------------
 # 8. The run directory, and the processes that share a run
 
-RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "test_outputs.jsonl", "model", "checkpoint", "unfinished")
-RUN_FILES += ("nonfinite.json", "report.png", "toy.png")
+RUN_FILES = ("metrics.jsonl", "samples.jsonl", "test_outputs.jsonl", "model", "checkpoint", "report.png", "toy.png")
+RUN_FILES += ("nonfinite.json", "unfinished", "unfinished.png", "unfinished.jsonl", "config.json")  # the last makes it a run: it goes last
 
 
 def save_policy(policy, directory):
@@ -1121,7 +1097,6 @@ def save_policy(policy, directory):
         policy.model.save_pretrained(directory)
     else:
         from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
 
         weights = get_peft_model_state_dict(policy.model, adapter_name=policy.adapter)
         save_file({name: w.contiguous() for name, w in weights.items()}, directory / "adapter_model.safetensors")
@@ -1136,7 +1111,6 @@ def load_policy(policy, directory):
         policy.model.load_state_dict(saved.state_dict())
     else:
         from peft import set_peft_model_state_dict
-        from safetensors.torch import load_file
 
         set_peft_model_state_dict(policy.model, load_file(directory / "adapter_model.safetensors"), policy.adapter)
 
@@ -1144,7 +1118,7 @@ def load_policy(policy, directory):
 class Run:
     """A run directory, written by the first process alone, and what the processes of a run exchange.
 
-    It can be killed at any moment and gone on with. Lines are written whole; `samples.jsonl` is D_t; a checkpoint
+    It can be killed at any moment and resumed. Lines are written whole; `samples.jsonl` is D_t; a checkpoint
     is one file with the trained weights, AdamW's state and the number of updates, written beside and renamed. On
     resuming, lines behind the checkpoint are cut off; they come again, the same. With random numbers that depend
     on (seed, purpose, index) alone there is nothing else to restore.
@@ -1164,14 +1138,14 @@ class Run:
         """The lists of all processes as one: item i of the whole was item i // W of process i % W. Also a barrier."""
         if self.processes == 1:
             return mine
-        parts, missing = [None] * self.processes, object()
+        parts = [None] * self.processes
         torch.distributed.all_gather_object(parts, mine)
-        return [x for turn in itertools.zip_longest(*parts, fillvalue=missing) for x in turn if x is not missing]
+        return [x for turn in itertools.zip_longest(*parts) for x in turn if x is not None]
 
     def shared_out(self, items, function, label):
         """function(item) of all items in order, as they come; each process computes its share and gets all."""
         for start in self.progress(range(0, len(items), self.processes), label):
-            mine = items[start + self.rank : min(start + self.processes, start + self.rank + 1)]
+            mine = items[start + self.rank : start + self.rank + 1]
             yield from self.gather([function(item) for item in mine])
 
     def add_gradients(self, policy):
@@ -1182,8 +1156,6 @@ class Run:
 
     def progress(self, steps, label):
         """A bar with the time left, on a terminal."""
-        from tqdm import tqdm
-
         return tqdm(steps, desc=label, leave=False, disable=True if self.rank else None)
 
     # ---- lines
@@ -1197,10 +1169,11 @@ class Run:
     def write(self, name, lines, anew=False):
         """Appends lines; or, anew, replaces the file by them, whole at any moment."""
         if self.rank == 0:
-            beside = self.path / (name + ".tmp" if anew else name)
-            with beside.open("w" if anew else "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-            beside.replace(self.path / name)
+            file = self.path / ("unfinished.jsonl" if anew else name)
+            with file.open("w" if anew else "a", encoding="utf-8") as stream:
+                stream.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+            if anew:
+                file.replace(self.path / name)
 
     def keep(self, samples, prompt):
         """The n outputs of one prompt to samples.jsonl, a line each."""
@@ -1257,8 +1230,8 @@ class Run:
         if self.rank == 0:
             found = [{"row": s.row, "outputs": s.texts} | {name: repr(getattr(s, name).tolist()) for name in CACHED} for s in batch]
             file.write_text(json.dumps({"metrics": repr(metrics), "batch": found}, indent=1))
-        mend = "the weights are as they were; lower --learning-rate, or use --dtype float32"
-        raise UserError(f"the loss or its gradient is not finite (the batch: {file}); {mend}")
+        unchanged = "the weights are as they were; lower --learning-rate, or use --dtype float32"
+        raise UserError(f"the loss or its gradient is not finite (the batch: {file}); {unchanged}")
 
     # ---- evaluations, models, checkpoints
 
@@ -1271,10 +1244,10 @@ class Run:
 
     @torch.no_grad()
     def divergence(self, policy):
-        """D_n (eq. 13) on the held-out samples, in nats: the objective itself, where it was not trained.
+        """D_n (eq. 13) on the held-out samples, in nats: an estimate of the objective, where it was not trained.
 
-        Comparable over a whole run, and zero only at the posterior. Where it rises while the loss on D_t falls, the
-        policy is learning D_t by heart.
+        Comparable over a whole run; its expectation is zero only at the posterior. Where it rises while the loss on
+        D_t falls, the policy is learning D_t by heart.
         """
 
         def d_n(samples):
@@ -1293,10 +1266,8 @@ class Run:
             self.best = metrics.get("win_rate", -math.inf)
             self.save_model(policy)  # before its line: a killed run comes here again
         self.write("metrics.jsonl", [{"step": step, "split": split} | metrics | {"time": round(time.time(), 3)}])
-        names = {"win_rate": "win-rate", "win_rate_half_width": "±", "reward": "  reward", "kl_to_prior": "  KL to prior"}
-        names["self_normalized_kl"] = "  held-out D_n"
-        told = " ".join(f"{names[name]} {value:.3f}" for name, value in metrics.items())
-        print(f"update {step:>6}  {split:<10}  {told}", flush=True)
+        text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        print(f"update {step:>6}  {split:<10}  {text}".replace("  win_rate_half_width", " ±"), flush=True)
 
     def save_model(self, policy):
         """model/, filled beside and then renamed: whole, or not there and coming again."""
@@ -1309,8 +1280,6 @@ class Run:
         self.gather([])  # nobody reads it before it is there
 
     def save_checkpoint(self, policy, optimizer, step):
-        from safetensors.torch import save_file
-
         if self.rank == 0:
             state = {f"adamw.{key}/{name}": x for name, p in policy.parameters().items() for key, x in optimizer.state[p].items()}
             state |= {f"weights/{name}": p.detach() for name, p in policy.parameters().items()}
@@ -1321,8 +1290,6 @@ class Run:
 
     def restore(self, policy, optimizer, data):
         """(updates done, D_t) as the checkpoint has it; in a new run (0, []), after the first evaluation."""
-        from safetensors.torch import load_file
-
         file = self.path / "checkpoint" / "state.safetensors"
         new = not file.exists()
         self.gather([])
@@ -1336,16 +1303,17 @@ class Run:
         step = int(state["step"])
         for name, p in policy.parameters().items():
             p.data.copy_(state[f"weights/{name}"])
-            if step:
-                optimizer.state[p] = {key: state[f"adamw.{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"adamw.{key}/{name}" in state]
+            optimizer.state[p] = {key: state[f"adamw.{key}/{name}"] for key in keys}  # none without a gradient so far
         optimizer.load_state_dict(optimizer.state_dict())  # moves the moments to the device of the weights
         lines = [line for line in self.lines("metrics.jsonl") if line["step"] <= step and line.get("split") != "test"]
         self.write("metrics.jsonl", lines, anew=True)
-        self.best = max((line["win_rate"] for line in lines if "win_rate" in line), default=-math.inf)
+        if (self.path / "model").exists():
+            self.best = max((line["win_rate"] for line in lines if "win_rate" in line), default=-math.inf)
         return step, self.kept(data)
 
     def finished(self):
-        return any(line.get("split") == "test" for line in self.lines("metrics.jsonl"))
+        return (self.path / "report.png").exists()  # the last thing that is written
 
     def report(self):
         """report.png: what to watch, over updates. Grey: on D_t. Black: evaluations on validation, with intervals."""
@@ -1363,8 +1331,10 @@ class Run:
             for kind, look in (("loss", {"color": "0.6"}), ("split", {"color": "black", "marker": "o", "capsize": 3})):
                 lines = [line for line in self.lines("metrics.jsonl") if name in line and kind in line and line.get("split") != "test"]
                 points = [(line["step"], line[name], line.get(f"{name}_half_width", 0)) for line in lines]
-                axis.errorbar(*zip(*points), **look) if points else None
-        figure.savefig(self.path / "report.png", dpi=100)
+                if points:
+                    axis.errorbar(*zip(*points), **look)
+        figure.savefig(self.path / "unfinished.png", dpi=100)
+        (self.path / "unfinished.png").replace(self.path / "report.png")
         plt.close(figure)
 
 
@@ -1376,7 +1346,7 @@ COMPANIONS = {  # what goes with a model; each entry is a default that its flag 
         tokenizer="EleutherAI/gpt-j-6B",  # the model comes without one
         reward_model="CarperAI/openai_summarize_tldr_rm_checkpoint",
         reward_base="CarperAI/openai_summarize_tldr_sft",
-        # It was trained with an end token behind the text and read before it: a causal score there does not see it.
+        # Its training texts ended in an end token, but the score was read before it: attention is causal, leave it out.
         reward_template="<|startoftext|>{prompt}{output}",
         dataset="CarperAI/openai_summarize_tldr",
         pairs_dataset="CarperAI/openai_summarize_comparisons",
@@ -1408,7 +1378,8 @@ def setting(default, text, least=None, below=math.inf, one_of=None):
 
 @dataclass
 class Settings:
-    """Every setting, once. (paper): as in section 8 and appendix B.2; e, m, k and the batch size are ours (departure 5)."""
+    """Every setting, once; `parse` makes one. (paper): as in section 8 and appendix B.2; e, m, k and the batch size are
+    ours (departure 5)."""
 
     model: str = setting("toy", "toy, or a causal LM or LoRA adapter: hub name or directory")
     base_model: str | None = setting(None, "for an adapter: its base, where the one that it names is not wanted")
@@ -1456,10 +1427,9 @@ def nearest(word, words):
 
 
 def parse(argv):
-    """Command line -> Settings: what was typed, else the model's companion, else the default. UserError names a mend."""
-    from transformers import HfArgumentParser
+    """Command line -> Settings: what was typed, else the model's companion, else the default. UserError says how to fix it."""
 
-    class Parser(HfArgumentParser):
+    class Parser(transformers.HfArgumentParser):
         def add_argument(self, *names, real=None, least=None, below=None, one_of=None, **known):
             return super().add_argument(*names, **known)  # without our rules
 
@@ -1515,7 +1485,7 @@ def check(s):
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     gpu = s.device != "cpu"
     refuse_if(not re.fullmatch(r"cpu|cuda(:\d+)?", s.device), f"--device {s.device}: give cpu, cuda or cuda:1")
-    refuse_if(gpu and not torch.cuda.is_available(), f"--device {s.device}: no GPU is to be seen; give --device cpu")
+    refuse_if(gpu and int(s.device[5:] or 0) >= torch.cuda.device_count(), f"--device {s.device}: no such GPU; give --device cpu")
     able = gpu and importlib.util.find_spec("bitsandbytes") and s.lora_rank
     needs = "needs a GPU, `pip install bitsandbytes` and a --lora-rank above 0; leave it out"
     refuse_if(s.load_in_4bit and not able, f"--load-in-4bit: {needs}")
@@ -1531,6 +1501,7 @@ def base_of(s):
     config = json.loads(Path(config).read_text())
     base = s.base_model or config.get("base_model_name_or_path")
     refuse_if(not base, f"--model {s.model}: an adapter that does not name its base; give --base-model")
+    refuse_if(config.get("peft_type") != "LORA", f"--model {s.model}: an adapter that is not LoRA; merge it into its base first")
     for name, own in (("lora_rank", config["r"]), ("lora_alpha", config["lora_alpha"])) if s.lora_rank else ():
         other = name in s.typed and getattr(s, name) != own
         refuse_if(other, f"{flag(name)} {getattr(s, name)}: the policy starts as a copy of {s.model}, which has {own}; leave it out")
@@ -1541,7 +1512,7 @@ def base_of(s):
 def weigh(kind, config, rank=0):
     """(weights, trained weights, numbers in the cache of a token): exact, from a model without storage."""
     with torch.device("meta"):
-        model = kind.from_config(config)
+        model = kind.from_config(config, dtype=torch.bfloat16)  # the one type in which every model has a forward there
         weights = sum(p.numel() for p in model.parameters())
         output = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
         layers = getattr(getattr(output, "past_key_values", None), "layers", ())
@@ -1553,15 +1524,13 @@ def weigh(kind, config, rank=0):
 
 def plan(s, base):
     """Says what is about to happen, before anything large is downloaded or loaded. Settles --max-prompt-tokens."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    config = load_config(base, "--base-model" if s.base_model else "--model")
+    config = load(transformers.AutoConfig, base, "--base-model" if s.base_model else "--model")
     room = context_of(config) - s.max_new_tokens
     none = f"no room for a prompt in a context of {context_of(config)}; lower it"
     refuse_if(room < 1, f"--max-new-tokens {s.max_new_tokens}: {none}")
     s.max_prompt_tokens = int(min(s.max_prompt_tokens or room, room, 2**20))
     length = s.max_prompt_tokens + s.max_new_tokens
-    weights, trained, cache = weigh(AutoModelForCausalLM, config, s.lora_rank)
+    weights, trained, cache = weigh(transformers.AutoModelForCausalLM, config, s.lora_rank)
     size = {"float64": 8, "float32": 4}.get(s.dtype, 2)  # bytes of a number
     n = min(s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt)
     kind, each = ("4 bits", 0.5) if s.load_in_4bit else (s.dtype, size)
@@ -1573,7 +1542,8 @@ def plan(s, base):
     if s.reward_model:
         bare = bare_checkpoint(s.reward_model, s.reward_base)
         source = (s.reward_base, "--reward-base") if bare else (s.reward_model, "--reward-model")
-        count, *_ = weigh(AutoModelForSequenceClassification, load_config(*source, num_labels=1))
+        config = load(transformers.AutoConfig, *source, num_labels=1)
+        count, *_ = weigh(transformers.AutoModelForSequenceClassification, config)
         parts[f"reward: {s.reward_model}, {count:,} weights in {s.dtype}"] = size * count
     parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * length
     parts["together; activations come on top (--outputs-per-forward bounds them)"] = sum(parts.values())
@@ -1586,25 +1556,24 @@ def plan(s, base):
 
 def load_policy_and_reward(s, base, adapter, tokenizer):
     """-> (Policy, reward) of a real run."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    dtype = getattr(torch, s.dtype)
+    dtype, bound = getattr(torch, s.dtype), s.outputs_per_forward
     if s.reward_function:
         reward = RewardFunction.from_file(s.reward_function)
     else:
-        reward = RewardModel.from_pretrained(s.reward_model, s.reward_base, s.reward_template, s.tokenizer, dtype, s.device)
+        source = s.reward_model, s.reward_base, s.reward_template, s.tokenizer
+        reward = RewardModel.from_pretrained(*source, dtype, s.device, outputs_per_forward=bound)
     arguments = {"dtype": dtype}
     if s.load_in_4bit:
-        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         arguments |= {"quantization_config": four, "device_map": {"": s.device}}
-    model = load_model(AutoModelForCausalLM, base, "--base-model" if adapter else "--model", **arguments)
+    model = load_model(transformers.AutoModelForCausalLM, base, "--base-model" if adapter else "--model", **arguments)
     model = model if s.load_in_4bit else model.to(s.device)
     try:
         if adapter:
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, adapter)
-        return Policy(model, tokenizer, s.lora_rank, s.lora_alpha, s.outputs_per_forward), reward
+        return Policy(model, tokenizer, s.lora_rank, s.lora_alpha, bound), reward
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"--model {s.model}: {first_line(error)}; see --base-model, --lora-rank and --lora-alpha") from None
 
@@ -1615,32 +1584,28 @@ def open_directory(s):
     config = path / "config.json"
     if s.resume:
         refuse_if(not config.exists(), f"--resume: {path} holds no run; start it without --resume")
-        before, now = json.loads(config.read_text()), dataclasses.asdict(s)
-        for name in ("output_dir", "resume", "overwrite", "device"):  # may be others than at the start
-            now.pop(name)
+        before, free = json.loads(config.read_text()), ("output_dir", "resume", "overwrite", "device")  # may differ
+        now = {name: value for name, value in dataclasses.asdict(s).items() if name not in free}
         changed = [f"{flag(name)} was {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name]]
         refuse_if(changed, f"--resume: {config} has other settings: {'; '.join(changed)}; give those, or another --output-dir")
     elif config.exists():
-        mend = "go on with it (--resume), replace it (--overwrite), or name another"
-        refuse_if(not s.overwrite, f"--output-dir {path}: holds a run; {mend}")
-    else:
-        in_use = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        refuse_if(in_use, f"--output-dir {path}: holds other files; name another")
+        refuse_if(not s.overwrite, f"--output-dir {path}: holds a run; resume it (--resume), replace it (--overwrite), or name another")
+    elif path.exists():
+        refuse_if(not path.is_dir() or any(path.iterdir()), f"--output-dir {path}: holds other files; name another")
     return path
 
 
 def prepare(path, s, argv):
     """The directory, empty but for config.json: settings, then what else a number depends on."""
-    import transformers
-
     path.mkdir(parents=True, exist_ok=True)
     for name in RUN_FILES:
         shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink(missing_ok=True)
     here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    made = {"command": " ".join(["python brain.py", *argv]), "commit": None if git.returncode else git.stdout.strip()}
-    made |= {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-    made |= {"numpy": np.__version__, "machine": platform.machine() if s.device == "cpu" else torch.cuda.get_device_name()}
+    made = {"command": shlex.join(["python", "brain.py", *argv]), "commit": None, "python": platform.python_version()}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        made["commit"] = subprocess.check_output(["git", "-C", here, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL).strip()
+    made |= {library.__name__: library.__version__ for library in (torch, transformers, np)}
+    made["machine"] = platform.machine() if s.device == "cpu" else torch.cuda.get_device_name()
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(s) | made, indent=1) + "\n")
 
 
@@ -1657,7 +1622,7 @@ def join_processes(s):
 
 def execute(s, argv):
     """From settings to a report."""
-    toy = None
+    toy = adapter = None
     if s.model == "toy":
         from toy.world import Toy
 
@@ -1669,7 +1634,8 @@ def execute(s, argv):
     if s.resume and run.finished():
         print(f"{run.path}: this run is finished; its best model is {run.path / 'model'}")
         return
-    tokenizer = toy.tokenizer if toy else load_tokenizer(base if adapter else s.model, s.tokenizer, "--model")
+    place = s.tokenizer if "tokenizer" in s.typed else s.model if not adapter else base
+    tokenizer = toy.tokenizer if toy else load_tokenizer(place, s.tokenizer, "--model")
     refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no end token; set eos_token there")
     train_data, validation, test = load_data(s, tokenizer, toy and toy.splits())
     if toy:
@@ -1677,29 +1643,24 @@ def execute(s, argv):
         reward = RewardFunction(toy.world.reward_of, "toy")
     else:
         policy, reward = load_policy_and_reward(s, base, adapter, tokenizer)
-    run.path = Path(run.gather([str(run.path)])[0])  # one name, one clock
+    run.path = Path(run.gather([str(run.path)])[0])  # the first process's: a default name has the time in it
     if run.rank == 0 and not s.resume:
         prepare(run.path, s, argv)
     run.gather([])
     print(f"run: {run.path}", flush=True)
     run.start(policy, reward, validation, test)
     train(policy, reward, train_data, s, run)
-    if math.isinf(run.best):
-        run.save_model(policy)  # nothing to compare by: the last
-    else:
-        load_policy(policy, run.path / "model")
+    load_policy(policy, run.path / "model")
     run.evaluate(policy, s.iterations * s.updates_per_iteration, "test")
     if run.rank == 0:
-        run.report()
         if toy:
             toy.report(policy.model, run.path / "toy.png")
+        run.report()
         print(f"{run.path}: the best model is in model/, its outputs in test_outputs.jsonl, what to watch in report.png")
 
 
 def main(argv=None):
-    """-> exit code: 0; 2 for what the user can mend, with one line on stderr; 130 when interrupted."""
-    import transformers
-
+    """-> exit code: 0; 2 for what the user can fix, with one line on stderr; 130 when interrupted."""
     transformers.utils.logging.set_verbosity_error()  # what matters of its warnings, `load_model` refuses
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
@@ -1713,7 +1674,7 @@ def main(argv=None):
         print(f"brain: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nbrain: interrupted; the same command with --resume and its --output-dir goes on", file=sys.stderr)
+        print("\nbrain: interrupted; with --resume and its --output-dir, the same command goes on", file=sys.stderr)
         return 130
     finally:
         if torch.distributed.is_initialized():

@@ -415,14 +415,11 @@ def test_a_prompt_in_a_batch_is_the_prompt_alone(family):
     prompts = [X, X2, torch.tensor([5])]
     generators = lambda: [brain.seeded(7, i) for i in range(3)]  # noqa: E731
     outputs, sums = policy.sample_batch(prompts, 4, 5, generators=generators())
-    firsts = [ys[0] for ys in outputs]
-    scores = policy.log_prob_batch(prompts, firsts)
-    for prompt, ys, own, generator, score in zip(prompts, outputs, sums, generators(), scores):
+    for prompt, ys, own, generator in zip(prompts, outputs, sums, generators()):
         alone = policy.sample(prompt, 4, 5, generator=generator)
         assert all(torch.equal(a, b) for a, b in zip(alone, ys))
         expected = policy.log_prob(prompt, ys).detach()
         torch.testing.assert_close(own, expected, rtol=0, atol=1e-5)
-        assert score.item() == pytest.approx(expected[0].item(), abs=1e-5)
 
 
 def test_dropout_is_off():
