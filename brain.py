@@ -757,6 +757,7 @@ def load_tokenizer(name, fallback, flag_name):
     """The tokenizer of a model, or `fallback` where it has none: fine-tunes of GPT-J often come without."""
     files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     place = name if fallback is None or find(name, *files) else fallback
+    flag_name = flag_name if place == name else "--tokenizer"
     refuse_if(not find(place, *files), f"{flag_name} {place}: no tokenizer found there; name one with --tokenizer")
     tokenizer = load(transformers.AutoTokenizer, place, flag_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -874,9 +875,8 @@ def bare_weights(path):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)  # without it, unpickling runs what it is told
         weights = {re.sub(r"^v_head\.", "score.", key): w for key, w in weights.items()}
-    except Exception as error:
-        told = f"is not weights alone, and files that hold code are not opened ({first_line(error)})"
-        raise UserError(f"--reward-model {path}: {told}; give another checkpoint") from None
+    except Exception:
+        raise UserError(f"--reward-model {path}: is not weights alone, and a file that holds code is not opened; give another") from None
     return {key: w for key, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
 
 
@@ -915,8 +915,8 @@ class RewardFunction:
         with contextlib.suppress(TypeError, ValueError, RuntimeError):
             rewards = torch.tensor(list(returned), dtype=torch.float64)
         right = isinstance(rewards, torch.Tensor) and rewards.shape == (n,) and rewards.isfinite().all()
-        text = f"{n} finite numbers, one for each completion; it returned {returned!r:.80} for {prompt!r:.60}"
-        refuse_if(not right, f"{self.name}: must return {text}")
+        text = f"it returned {' '.join(repr(returned).split()):.80} for {prompt!r:.60}"
+        refuse_if(not right, f"{self.name}: must return {n} finite numbers, one for each completion; {text}")
         return rewards
 
 
@@ -948,24 +948,15 @@ class Example:
 class Prompts:
     """The rows of a split whose prompt is at most --max-prompt-tokens long. prompts[i] -> Example"""
 
-    def __init__(self, rows, tokenizer, settings, split, source):
-        self.rows, self.tokenizer, self.settings, names = rows, tokenizer, settings, rows.column_names
-        where, there = f"{source}: split {split}", f"there are {', '.join(names)}"
-        refuse_if("prompt" not in names, f"{where} has no column 'prompt', {there}; rename one")
-        self.gold = next((name for name in GOLD_COLUMNS if name in names), None)
+    def __init__(self, rows, tokenizer, settings, split):
+        self.rows, self.tokenizer, self.settings = rows, tokenizer, settings
+        self.gold = next((name for name in GOLD_COLUMNS if name in rows.column_names), None)
         self.pair = ("chosen", "rejected") if METHODS[settings.method].source == "data" and split == "train" else ()
-        refuse_if(set(self.pair) - set(names), f"{where}: --method {settings.method} needs 'chosen' and 'rejected', {there}; add them")
-        for name in {"prompt", *self.pair, self.gold} - {None}:
-            for i, text in enumerate(rows[name]):
-                valid = is_messages(text) or isinstance(text, str) and (text.strip() or name != "prompt")
-                optional = text is None and name == self.gold and name not in self.pair
-                if not (valid or optional):
-                    raise UserError(f"{where}, row {i + 1}: {name!r} must be text, or messages with role and content, not {text!r:.60}")
         lengths = (len(ids) for batch in rows.iter(1000) for ids in encode(tokenizer, list(map(self.text, batch["prompt"]))))
         limit = settings.max_prompt_tokens
         self.kept = [i for i, length in enumerate(lengths) if length <= limit]
         none = f"none of {len(rows)} prompts fits into {limit} tokens; raise --max-prompt-tokens, or lower --max-new-tokens"
-        refuse_if(not self.kept, f"{where}: {none}")
+        refuse_if(not self.kept, f"--dataset: split {split}: {none}")
         self.summary = f"{split}: {len(self)} prompts" + ("" if self.gold else ", without gold answers, so without win-rate")
         if len(self) < len(rows):
             self.summary += f", {len(rows) - len(self)} longer than {limit} tokens left out"
@@ -1018,6 +1009,7 @@ def load_splits(name, flag_name):
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     datasets.disable_progress_bars()
     refuse_if(path.is_file() and path.suffix not in kinds, f"{flag_name} {name}: of unknown kind; give .jsonl, .parquet or .csv")
+    refuse_if(path.is_file() and not path.stat().st_size, f"{flag_name} {name}: is empty; add rows")
     try:
         if path.is_file():
             found = datasets.load_dataset(kinds[path.suffix], data_files={"train": name})
@@ -1030,7 +1022,24 @@ def load_splits(name, flag_name):
         raise UserError(f"{flag_name} {name}: cannot be read ({first_line(error)}); give a hub name, a directory or a file") from None
     found["validation"] = next((found[split] for split in ("validation", "valid", "val") if split in found), None)
     refuse_if("train" not in found, f"{flag_name} {name}: has no split 'train'; name its file train.jsonl (or .parquet, .csv)")
-    return {split: found.get(split) for split in ("train", "validation", "test")}
+    found = {split: found.get(split) for split in ("train", "validation", "test")}
+    for split in [split for split in found if found[split] is not None]:
+        check_rows(found[split], f"{flag_name} {name}: split {split}")
+    return found
+
+
+def check_rows(rows, where, pair=()):
+    """Refuses rows without prompts, and texts that are none. Before any are held out: row numbers are those of the file."""
+    names = rows.column_names
+    for name in ("prompt", *pair):
+        refuse_if(name not in names, f"{where} has no column {name!r}, there are {', '.join(names)}; add or rename one")
+    for name in ("prompt", *pair, *[name for name in GOLD_COLUMNS if name in names][:1]):
+        for i, text in enumerate(rows[name]):
+            valid = is_messages(text) or isinstance(text, str) and (text.strip() or name != "prompt")
+            optional = text is None and name != "prompt" and name not in pair
+            if not (valid or optional):
+                told = f"{name!r} must be text, or messages with role and content, not {text!r:.60}"
+                raise UserError(f"{where}, row {i + 1}: {told}; correct it, or rename or remove that column")
 
 
 def broken_line(path):
@@ -1048,27 +1057,31 @@ def broken_line(path):
 def load_data(settings, tokenizer, splits=None):
     """-> [train, validation, test] as Prompts. A split that the data lacks is held out from train: the same rows
     for every --seed, a tenth of it and at most 1000."""
-    source = f"--dataset {settings.dataset}"
     splits = splits or load_splits(settings.dataset, "--dataset")
+    if METHODS[settings.method].source == "data":
+        pairs = splits["train"]
+        if settings.pairs_dataset:
+            pairs = load_splits(settings.pairs_dataset, "--pairs-dataset")["train"].map(move_cue)
+        where = f"--pairs-dataset {settings.pairs_dataset}" if settings.pairs_dataset else f"--dataset {settings.dataset}"
+        check_rows(pairs, f"{where}, for --method {settings.method}: split train", ("chosen", "rejected"))
     for split in [split for split in splits if splits[split] is None]:
         train = splits["train"]
-        refuse_if(len(train) < 2, f"{source}: too few rows to hold any out as {split}; add some")
+        refuse_if(len(train) < 2, f"--dataset {settings.dataset}: too few rows to hold any out as {split}; add some")
         size = min(1000, math.ceil(len(train) / 10))
         order = random_subset(len(train), len(train), HELD_OUT)
         splits[split], splits["train"] = train.select(order[:size]), train.select(order[size:])
         print(f"{split}: not in the data; {size} rows of train are held out for it")
-    result = [Prompts(splits[split], tokenizer, settings, split, source) for split in ("validation", "test")]
-    if METHODS[settings.method].source == "data" and settings.pairs_dataset:
-        source = f"--pairs-dataset {settings.pairs_dataset}"
-        splits["train"] = load_splits(settings.pairs_dataset, "--pairs-dataset")["train"].map(move_cue)
-    result.insert(0, Prompts(splits["train"], tokenizer, settings, "train", source))
+    if settings.pairs_dataset and METHODS[settings.method].source == "data":
+        splits["train"] = pairs
+    result = [Prompts(rows, tokenizer, settings, split) for split, rows in splits.items()]
     print("\n".join(prompts.summary for prompts in result))
     return result
 
 
 def move_cue(row, cue="TL;DR:"):
     """openai_summarize_comparisons has the cue before each answer: to the end of the prompt, as in openai_summarize_tldr."""
-    if not str(row.get("chosen")).startswith(cue) or "rejected" not in row:
+    texts = all(isinstance(row.get(name), str) for name in ("prompt", "chosen", "rejected"))
+    if not texts or not row["chosen"].startswith(cue):
         return row
     answers = {name: row[name].removeprefix(cue) for name in ("chosen", "rejected")}
     return row | {"prompt": row["prompt"].rstrip() + "\n" + cue} | answers
@@ -1432,7 +1445,7 @@ class Settings:
     output_dir: str | None = setting(None, "where the run is written (default: a new directory under runs/)")
     resume: bool = field(default=False, metadata={"help": "go on with the run in --output-dir"})
     overwrite: bool = field(default=False, metadata={"help": "replace the run in --output-dir"})
-    seed: int = setting(0, "of all random numbers", 0)
+    seed: int = setting(0, "of all random numbers", 0, 2**63)
     device: str | None = setting(None, "cpu, cuda or cuda:1 (default: cuda where there is one)")
     dtype: str | None = setting(None, "of the models (default: bfloat16 for LoRA on a GPU, else float32)", one_of=DTYPES)
     iterations: int = setting(4, "e: rounds of sampling and updates; 0: evaluate only", 0)
@@ -1493,7 +1506,7 @@ def parse(argv):
             choices = rules["one_of"]
             refuse_if(value not in choices, f"{name} {value}: {nearest(value, choices)}give one of {', '.join(choices)}")
         elif rules.get("least") is not None:
-            limits = f"at least {rules['least']}" + (f" and below {rules['below']}" if rules["below"] < math.inf else "")
+            limits = f"a finite number of at least {rules['least']}" + (f" and below {rules['below']}" if rules["below"] < math.inf else "")
             why = "; D_1 is 0 for every policy, and Theorem 4.3 needs two outputs" if f.name == "samples_per_prompt" else ""
             refuse_if(not rules["least"] <= value < rules["below"], f"{name} {value}: must be {limits}{why}")
     check(s)
@@ -1504,13 +1517,17 @@ def check(s):
     """Refuses settings that are each in range but do not go together, and settles device and dtype."""
     method, n, template = METHODS[s.method], s.samples_per_prompt, s.reward_template or "{prompt}{output}"
     if s.model == "toy":
+        refuse_if(s.max_new_tokens != 4, f"--max-new-tokens {s.max_new_tokens}: outputs of the toy world have at most 4; leave it out")
         own = ("base_model", "tokenizer", "reward_model", "reward_base", "reward_template", "reward_function", "dataset")
         for name in (*own, "pairs_dataset", "load_in_4bit", "lora_rank"):
             refuse_if(getattr(s, name), f"{flag(name)}: the toy world has its own; name a model with --model, or leave it out")
     else:
         refuse_if(s.dataset is None, "--dataset: missing; give prompts for --model (hub name, directory, .jsonl, .parquet or .csv)")
-        both = ", not both" if s.reward_model else ""
-        refuse_if(bool(s.reward_model) == bool(s.reward_function), f"--reward-model or --reward-function: give one of them{both}")
+        refuse_if(bool(s.reward_model) == bool(s.reward_function), "--reward-model or --reward-function: give one of the two")
+        for name in ("reward_base", "reward_template"):
+            refuse_if(s.reward_function and getattr(s, name), f"{flag(name)}: is for a --reward-model; leave it out")
+    lost = "pairs_dataset" in s.typed and method.source != "data"
+    refuse_if(lost, f"--pairs-dataset: is for --method dpo, not {s.method}; leave it out")
     refuse_if(method.source == "data" and n != 2, f"--samples-per-prompt {n}: --method {s.method} has the data's pairs; leave it out")
     refuse_if(method.group_size and n % method.group_size, f"--samples-per-prompt {n}: --method {s.method} makes pairs; give an even number")
     refuse_if(s.learning_rate == 0, "--learning-rate 0: must be above 0; to evaluate alone, give --iterations 0")
@@ -1546,28 +1563,33 @@ def base_of(s):
     return base, s.model
 
 
-def weigh(kind, config, rank=0):
+def weigh(kind, config, flag_name, rank=0):
     """(weights, trained weights, numbers in the cache of a token): exact, from a model without storage."""
     with torch.device("meta"):
-        model = kind.from_config(config, dtype=torch.bfloat16)  # the one type in which every model has a forward there
-        weights = sum(p.numel() for p in model.parameters())
-        output = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
+        try:
+            model, output = kind.from_config(config, dtype=torch.bfloat16), None
+        except ValueError:
+            raise UserError(f"{flag_name} {config.name_or_path}: a {config.model_type} model, which {kind.__name__} does not know") from None
+        model.config.pad_token_id = None  # else transformers looks for it among ids that have no values
+        with contextlib.suppress(Exception):  # the forward of some looks at values: their cache is not counted
+            output = model.base_model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True)
         layers = getattr(getattr(output, "past_key_values", None), "layers", ())
         tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-        cache = sum(tensor.numel() for tensor in tensors if tensor is not None)
+        weights, cache = sum(p.numel() for p in model.parameters()), sum(tensor.numel() for tensor in tensors if tensor is not None)
         model = add_adapter(model, rank, rank) if rank else model
     return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), cache
 
 
 def plan(s, base):
     """Says what is about to happen, before anything large is downloaded or loaded. Settles --max-prompt-tokens."""
-    config = load(transformers.AutoConfig, base, "--base-model" if s.base_model else "--model")
+    flag_name = "--base-model" if s.base_model else "--model"
+    config = load(transformers.AutoConfig, base, flag_name)
     room = context_of(config) - s.max_new_tokens
     none = f"no room for a prompt in a context of {context_of(config)}; lower it"
     refuse_if(room < 1, f"--max-new-tokens {s.max_new_tokens}: {none}")
     s.max_prompt_tokens = int(min(s.max_prompt_tokens or room, room, 2**20))
     length = s.max_prompt_tokens + s.max_new_tokens
-    weights, trained, cache = weigh(transformers.AutoModelForCausalLM, config, s.lora_rank)
+    weights, trained, cache = weigh(transformers.AutoModelForCausalLM, config, flag_name, s.lora_rank)
     size = {"float64": 8, "float32": 4}.get(s.dtype, 2)  # bytes of a number
     n = min(s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt)
     kind, each = ("4 bits", 0.5) if s.load_in_4bit else (s.dtype, size)
@@ -1580,7 +1602,7 @@ def plan(s, base):
         bare = bare_checkpoint(s.reward_model, s.reward_base)
         source = (s.reward_base, "--reward-base") if bare else (s.reward_model, "--reward-model")
         config = load(transformers.AutoConfig, *source, num_labels=1)
-        count, *_ = weigh(transformers.AutoModelForSequenceClassification, config)
+        count, *_ = weigh(transformers.AutoModelForSequenceClassification, config, source[1])
         parts[f"reward: {s.reward_model}, {count:,} weights in {s.dtype}"] = size * count
     parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * length
     parts["together; activations come on top (--outputs-per-forward bounds them)"] = sum(parts.values())
@@ -1618,17 +1640,21 @@ def load_policy_and_reward(s, base, adapter, tokenizer):
 def open_directory(s):
     """Where to write, and whether there is a run to go on with. Refuses what must not be touched; touches nothing."""
     path = Path(s.output_dir or "runs/" + re.sub(r"\W", "-", f"{s.model}-{s.method}-") + time.strftime("%Y%m%d-%H%M%S"))
-    config = path / "config.json"
+    before, above = {}, next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    refuse_if(not above.is_dir(), f"--output-dir {path}: {above} is a file; name another")
+    with contextlib.suppress(OSError, ValueError):
+        before = json.loads((path / "config.json").read_text())
+    run = "samples_per_prompt" in before  # a model has a config.json too
     if s.resume:
-        refuse_if(not config.exists(), f"--resume: {path} holds no run; start it without --resume")
-        before, free = json.loads(config.read_text()), ("output_dir", "resume", "overwrite", "device")  # may differ
+        refuse_if(not run, f"--resume: {path} holds no run; start it without --resume")
+        free = ("output_dir", "resume", "overwrite", "device")  # may be others than at the start
         now = {name: value for name, value in dataclasses.asdict(s).items() if name not in free}
         changed = [f"{flag(name)} was {before.get(name)}, not {now[name]}" for name in now if before.get(name) != now[name]]
-        refuse_if(changed, f"--resume: {config} has other settings: {'; '.join(changed)}; give those, or another --output-dir")
-    elif config.exists():
+        refuse_if(changed, f"--resume: {path} has other settings: {'; '.join(changed)}; give those, or another --output-dir")
+    elif run:
         refuse_if(not s.overwrite, f"--output-dir {path}: holds a run; resume it (--resume), replace it (--overwrite), or name another")
-    elif path.exists():
-        refuse_if(not path.is_dir() or any(path.iterdir()), f"--output-dir {path}: holds other files; name another")
+    else:
+        refuse_if(path.exists() and any(path.iterdir()), f"--output-dir {path}: holds other files; name another")
     return path
 
 
@@ -1663,7 +1689,7 @@ def execute(s, argv):
     if s.model == "toy":
         from toy.world import Toy
 
-        toy = Toy(s.seed, s.dtype)
+        toy = Toy(s.seed, s.dtype, s.goodness)
     else:
         base, adapter = base_of(s)
         plan(s, base)
@@ -1680,6 +1706,8 @@ def execute(s, argv):
         reward = RewardFunction(toy.world.reward_of, "toy")
     else:
         policy, reward = load_policy_and_reward(s, base, adapter, tokenizer)
+    if not s.resume:  # what a reward refuses, it refuses before anything is written or replaced
+        reward(validation[0].prompt, [validation[0].gold or " "] * 2, validation[0].columns)
     run.path = Path(run.gather([str(run.path)])[0])  # the first process's: a default name has the time in it
     if run.rank == 0 and not s.resume:
         prepare(run.path, s, argv)

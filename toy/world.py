@@ -211,14 +211,15 @@ def tiny_gpt2(world, seed=0, width=64, layers=2, dtype=None):
 class Toy:
     """What `python brain.py` trains in: a world, its prior, data, and the answer key at the end."""
 
-    def __init__(self, seed=0, dtype="float32", letters=8, length=4, prompts=16, spread=2.0):
+    def __init__(self, seed=0, dtype="float32", goodness="bradley-terry", letters=8, length=4, prompts=16, spread=2.0):
         import torch
 
         self.world = World(letters, length, prompts, spread, seed)
         self.model, self.tokenizer = tiny_gpt2(self.world, seed, dtype=getattr(torch, dtype))
         self.log_p = self.world.log_probs(self.model)
         self.world.fit(self.log_p)
-        self.log_posterior = posterior(self.log_p, self.world.reward)
+        r = self.world.reward
+        self.log_posterior = posterior(self.log_p, -np.logaddexp(0, -r) if goodness == "logistic" else r)  # eq. 15, 19
 
     def splits(self):
         """Rows for training (8 of each prompt), validation (16) and test (32): prompts are few, answers many."""

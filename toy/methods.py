@@ -1,0 +1,354 @@
+"""Every method of the paper's tables in worlds whose posterior is known: who reaches it, and who runs past it.
+
+    python -m toy.methods              tables, a verdict on each of the paper's orderings, two pictures
+    python -m toy.methods --quick      the same in a tiny world, to see that it runs; its numbers mean nothing
+
+At toy scale: Tables 1 and 3, Figure 2 (n = 2 to 32 outputs per prompt), section 9.3 (no baseline) and 9.5 (fixed
+proposal), for a mild and a sharp reward. All runs go through `brain.train`; all numbers but the counts of samples
+are sums over every output, not estimates; 95% intervals over seeds are Student's t.
+
+    equal      prompts sampled for, updates and prompts per update; n outputs per prompt. How many outputs were
+               drawn for that is printed: RSO draws 4n to keep n. DPO has one human pair per prompt where the
+               others have n outputs, as in the paper: two draws of the prior, labelled by Bradley-Terry.
+    a seed     changes everything: prompts, rewards, prior, human pairs, and all that is drawn in training
+    rate       of each method and reward: among three, the one with the highest win-rate on seeds that are not
+               reported, at the largest n and kept for the others. The paper selects its models by win-rate too,
+               and it needs no answer key.
+
+What to see: the win-rate alone misleads. The exact posterior does not win most: methods that put all weight on the
+better output of a pair have no reason to stop there. KL(posterior || policy) tells who does.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from toy.world import Toy, chance_to_win, kl
+
+REWARDS = {"mild": 2.0, "sharp": 4.5}  # standard deviation of the reward under the prior
+NUMBERS = ("KL(posterior || it)", "KL(it || prior)", "E[r]", "win-rate %")
+KL_POSTERIOR, KL_PRIOR, REWARD, WIN = range(4)
+PAPER = {  # method: (where, Train RM win-rates of AnthropicHH and TL;DR as printed)
+    "dpo": ("Table 1", "54.60", "86.72"),
+    "rso": ("Table 1", "84.59", "91.24"),
+    "dpo-sft": ("Tables 1, 3", "87.37", "90.86"),
+    "dpo-sft+iw": ("Table 3", "89.21", ""),
+    "dpo-sft+iw+n": ("Table 3, 9.5", "93.30", "93.48"),
+    "brain": ("Tables 1, 3", "95.40", "95.21"),
+    "brain-no-baseline": ("9.3", "58.3", "61.1"),
+}
+LABELS = "win-rate against the prior, %", "KL(posterior || policy), nats"  # of the pictures' axes
+SWEPT = ("brain", "dpo-sft")  # Figure 2
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # number of seeds: 97.5% point
+
+
+@dataclass(frozen=True)
+class Plan:
+    """World and budget, the same for all methods."""
+
+    letters: int = 6
+    length: int = 4
+    prompts: int = 4
+    iterations: int = 10  # e
+    prompts_per_iteration: int = 16  # m: each of the prompts about 4 times
+    updates_per_iteration: int = 10  # k
+    batch_size: int = 4
+    sizes: tuple = (2, 4, 8, 16, 32)  # n; the last one is that of the tables
+    rates: tuple = (1e-4, 4e-4, 1.6e-3)
+    seeds: tuple = (0, 1, 2, 3, 4)
+    search_seeds: tuple = (100, 101)
+
+    @property
+    def updates(self):
+        return self.iterations * self.updates_per_iteration
+
+
+FULL = Plan()
+QUICK = Plan(
+    letters=3, length=2, prompts=4, iterations=2, prompts_per_iteration=4, updates_per_iteration=2, batch_size=2,
+    sizes=(2, 8), rates=(1e-3, 3e-3), seeds=(0, 1), search_seeds=(100,),
+)  # fmt: skip
+
+
+class Job(NamedTuple):
+    """One run: what is trained with what. `method` may be "prior" or "posterior": nothing to train."""
+
+    reward: str
+    method: str
+    n: int
+    rate: float
+    seed: int
+
+
+# --------------------------------------------------------------------------------- one run
+class InMemory:
+    """What `brain.train` asks of a run, with nothing written: D_t lives in its buffer, evaluation comes after it."""
+
+    rank, processes = 0, 1
+
+    def restore(self, policy, optimizer, data):
+        return 0, []
+
+    def shared_out(self, items, function, label):
+        return map(function, items)
+
+    def progress(self, steps, label):
+        return steps
+
+    def gather(self, mine):
+        return mine
+
+    def __getattr__(self, name):  # lines, checkpoints, warnings, evaluations on the way: left out
+        return lambda *arguments: None
+
+
+def numbers(toy, log):
+    """The four NUMBERS of a distribution (X, Y), mean over prompts, by enumeration."""
+    wins = 100 * chance_to_win(log, toy.log_p, toy.world.reward)
+    found = kl(toy.log_posterior, log), kl(log, toy.log_p), (np.exp(log) * toy.world.reward).sum(-1), wins
+    return [float(number.mean()) for number in found]
+
+
+def train_once(plan, job):
+    """-> (NUMBERS of the end, outputs drawn). Everything random comes from job.seed."""
+    import datasets
+    import torch
+    import transformers
+
+    import brain
+
+    torch.set_num_threads(1)  # tensors are tiny, and sums in another order are other numbers
+    transformers.utils.logging.set_verbosity_error()
+    toy = Toy(job.seed, letters=plan.letters, length=plan.length, prompts=plan.prompts, spread=REWARDS[job.reward])
+    if job.method in ("prior", "posterior"):
+        return numbers(toy, toy.log_p if job.method == "prior" else toy.log_posterior), 0
+    names = ("iterations", "prompts_per_iteration", "updates_per_iteration", "batch_size")
+    typed = {name: getattr(plan, name) for name in names} | {"max_new_tokens": plan.length, "max_prompt_tokens": 2}
+    typed |= {"method": job.method, "learning_rate": job.rate, "seed": job.seed}
+    typed |= {"samples_per_prompt": 2 if job.method == "dpo" else job.n}  # a pair is what the data has
+    settings = brain.parse([word for name, value in typed.items() for word in (brain.flag(name), str(value))])
+    # As many rows as a run samples for in all: DPO's human pairs need not come twice.
+    rows = toy.world.rows(toy.log_p, plan.iterations * plan.prompts_per_iteration // plan.prompts, job.seed)
+    data = brain.Prompts(datasets.Dataset.from_list(rows), toy.tokenizer, settings, "train")
+    policy, drawn = brain.Policy(toy.model, toy.tokenizer), 0
+
+    def reward(prompt, texts, columns):
+        nonlocal drawn
+        drawn += len(texts)  # every candidate is scored, RSO's 4n too, before any is rejected
+        return torch.tensor(toy.world.reward_of([prompt] * len(texts), texts))
+
+    brain.train(policy, reward, data, settings, InMemory())
+    found = numbers(toy, toy.world.log_probs(policy.model))
+    assert np.isfinite(found).all(), f"{job} diverged"
+    return found, drawn
+
+
+def work(arguments):
+    return train_once(*arguments)
+
+
+# --------------------------------------------------------------------------------- all runs
+def run_all(plan, jobs, pool, label):
+    """{job: (NUMBERS, drawn)}, in whatever processes: a run depends on its job alone."""
+    jobs, results = list(dict.fromkeys(jobs)), {}
+    for job, result in zip(jobs, pool.imap(work, [(plan, job) for job in jobs])):
+        results[job] = result
+        if sys.stderr.isatty():
+            print(f"\r{label}: {len(results)} of {len(jobs)} runs", end="", file=sys.stderr)
+    return results
+
+
+def choose_rates(plan, pool):
+    """{(reward, method): rate} by win-rate on the search seeds, printed with what it was chosen from."""
+    n = plan.sizes[-1]
+    grid = [(reward, method, rate) for reward in REWARDS for method in PAPER for rate in plan.rates]
+    jobs = {g: [Job(*g[:2], n, g[2], seed) for seed in plan.search_seeds] for g in grid}
+    found = run_all(plan, [job for some in jobs.values() for job in some], pool, "learning rates")
+    means = {g: np.mean([found[job][0] for job in some], 0) for g, some in jobs.items()}
+    seeds = ", ".join(map(str, plan.search_seeds))
+    print("Learning rates: for each method and reward the one (*) with the highest win-rate, mean over seeds that are")
+    print(f"not reported below ({seeds}). Cells: win-rate (KL(posterior || it), which is not looked at)")
+    print(f"{'':25}" + "".join(f"{rate:>18g}" for rate in plan.rates))
+    chosen = {}
+    for reward, method in dict.fromkeys(g[:2] for g in grid):
+        row = {rate: means[reward, method, rate] for rate in plan.rates}
+        best = chosen[reward, method] = max(row, key=lambda rate: row[rate][WIN])
+        cells = [f"{x[WIN]:.1f} ({x[KL_POSTERIOR]:.2f}) {'*' if rate == best else ' '}" for rate, x in row.items()]
+        print(f"{reward:7}{method:18}" + "".join(f"{cell:>18}" for cell in cells))
+    return chosen
+
+
+def measure(plan, rates, pool):
+    """({(reward, method, n): NUMBERS (seeds, 4)}, {(method, n): outputs drawn}) for tables and pictures."""
+    n = plan.sizes[-1]
+    wanted = [(reward, method, n) for reward in REWARDS for method in ("prior", *PAPER, "posterior")]
+    wanted += [(reward, method, size) for reward in REWARDS for method in SWEPT for size in plan.sizes]
+    jobs = {w: [Job(*w, rates.get(w[:2], 0.0), seed) for seed in plan.seeds] for w in wanted}
+    found = run_all(plan, [job for some in jobs.values() for job in some], pool, "runs")
+    drawn = {w[1:]: found[some[0]][1] for w, some in jobs.items()}
+    return {w: np.array([found[job][0] for job in some]) for w, some in jobs.items()}, drawn
+
+
+# --------------------------------------------------------------------------------- what is printed
+def interval(values):
+    """(mean, half-width of the 95% interval) over seeds, (S,) or (S, ...): Student's t, S - 1 degrees of freedom."""
+    values = np.asarray(values)
+    return values.mean(0), STUDENT[len(values)] * values.std(0, ddof=1) / np.sqrt(len(values))
+
+
+def print_tables(plan, results, drawn):
+    n = plan.sizes[-1]
+    for reward, spread in REWARDS.items():
+        print(f"\n{reward} reward (standard deviation {spread} under the prior), n = {n}, ", end="")
+        print(f"{plan.updates} updates of {plan.batch_size} prompts, mean ± 95% interval over {len(plan.seeds)} seeds")
+        print(f"{'':18}" + "".join(f"{name:>21}" for name in NUMBERS) + f"{'drawn':>8}   paper: HH  TL;DR  where")
+        for method in ("prior", *PAPER, "posterior"):
+            cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(*interval(results[reward, method, n]))]
+            where, hh, tldr = PAPER.get(method, ("", "", ""))
+            line = f"{method:18}" + "".join(f"{cell:>21}" for cell in cells)
+            print(f"{line}{drawn[method, n]:>8}{hh:>12}{tldr:>7}  {where}".rstrip())
+    ends = " and ".join(f"{method} {PAPER[method][1]}" for method in SWEPT)
+    print(f"\nFigure 2 (paper, AnthropicHH, at n = 32, the others are in its picture alone: {ends})")
+    print(f"{'':7}{'n':>3}" + "".join(f"{m + ': ' + NUMBERS[i]:>30}" for m in SWEPT for i in (WIN, KL_POSTERIOR)))
+    for reward in REWARDS:
+        for size in plan.sizes:
+            cells = [interval(results[reward, method, size][:, i]) for method in SWEPT for i in (WIN, KL_POSTERIOR)]
+            print(f"{reward:7}{size:>3}" + "".join(f"{f'{mean:.2f} ± {half:.2f}':>30}" for mean, half in cells))
+
+
+# --------------------------------------------------------------------------------- the paper's orderings
+def orderings(plan):
+    """(where, (method, n) of A, of B, the paper's figures, whether B wins more often in the paper) of each claim."""
+    n, few, middle = plan.sizes[-1], plan.sizes[0], plan.sizes[len(plan.sizes) // 2]
+    pairs = [("Table 1", "dpo", "dpo-sft"), *(("Table 1", other, "brain") for other in ("dpo", "dpo-sft", "rso"))]
+    pairs += [("Table 3", "dpo-sft", "dpo-sft+iw"), ("Table 3", "dpo-sft+iw", "dpo-sft+iw+n")]
+    pairs += [("Section 9.3", "brain-no-baseline", "brain"), ("Table 3, section 9.5", "dpo-sft+iw+n", "brain")]
+    for where, a, b in pairs:
+        printed = [f"{PAPER[a][i]} < {PAPER[b][i]}" for i in (1, 2) if PAPER[a][i] and PAPER[b][i]]
+        yield where, (a, n), (b, n), ", ".join(printed), True
+    yield "Figure 2", ("brain", few), ("brain", middle), "improves until n = 8", True
+    yield "Figure 2", ("brain", middle), ("brain", n), "saturates after n = 8", False
+    yield "Figure 2", ("dpo-sft", few), ("dpo-sft", n), "improves slowly, to n = 32", True
+
+
+def verdict(a, b, posterior, names, gains=True):
+    """A sentence: what NUMBERS (seeds, 4) of A, B and the posterior say about "B wins more often", or not more."""
+    gain, half = interval(b[:, WIN] - a[:, WIN])  # within each seed: worlds differ more than methods do
+    sure = abs(gain) > half
+    if gains:
+        told = ("holds" if gain > 0 else "the opposite holds") if sure else "undecided"
+    else:
+        told = "does not hold" if sure else "holds as far as the interval tells"
+    past = [(name, *interval(x[:, WIN] - posterior[:, WIN])) for name, x in zip(names, (a, b))]
+    why = [f"{name} runs {mean:.1f} points past the posterior" for name, mean, error in past if mean > error]
+    far, error = interval(a[:, KL_POSTERIOR] - b[:, KL_POSTERIOR])
+    nearer = "neither is surely the nearer" if abs(far) <= error else f"{names[int(far > 0)]} is the nearer"
+    why.append(f"{nearer} to it" if why else f"{nearer} to the posterior")
+    why = ", ".join(why) + f" (KL {b[:, KL_POSTERIOR].mean():.2f} for B, {a[:, KL_POSTERIOR].mean():.2f} for A)"
+    return f"{told}, {gain:+.1f} ± {half:.1f}: {why}."
+
+
+def print_orderings(plan, results):
+    print("\nThe paper's orderings, A < B by win-rate, and whether they hold here: B minus A, points, within each seed")
+    for where, a, b, printed, gains in orderings(plan):
+        same = a[0] == b[0]
+        names = [f"n = {n}" if same else method for method, n in (a, b)]
+        print(f"{where}: {a[0] + ', ' if same else ''}{' < '.join(names)} (paper: {printed})")
+        for reward in REWARDS:
+            posterior = results[reward, "posterior", plan.sizes[-1]]
+            print(f"  {reward:6} {verdict(results[(reward, *a)], results[(reward, *b)], posterior, names, gains)}")
+
+
+# --------------------------------------------------------------------------------- pictures
+def draw_methods(plan, results, path):
+    """Win-rate and KL(posterior || it) of each method, both rewards; vertical lines: prior and posterior."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    n, names = plan.sizes[-1], list(PAPER)[::-1]
+    figure, axes = plt.subplots(len(REWARDS), 2, figsize=(10, 6), sharex="col", sharey=True, layout="constrained")
+    for row, (reward, spread) in zip(axes, REWARDS.items()):
+        for axis, number in zip(row, (WIN, KL_POSTERIOR)):
+            mean, half = np.array([interval(results[reward, name, n][:, number]) for name in names]).T
+            axis.errorbar(mean, range(len(names)), xerr=half, fmt="o", color="black", capsize=3, ms=5)
+            for reference, line in (("prior", ":"), ("posterior", "--")):
+                value = results[reward, reference, n][:, number].mean()
+                axis.axvline(value, color="0.4", ls=line, label=reference)
+            axis.grid(axis="y", color="0.9")
+            axis.set(yticks=range(len(names)), yticklabels=names, title=f"{reward} reward (spread {spread:g}), n = {n}")
+    axes[0, 0].legend(loc="lower left")
+    for axis, label in zip(axes[-1], LABELS):
+        axis.set_xlabel(label)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_figure2(plan, results, path):
+    """The paper's Figure 2, and under it the KL that it does not show, over n."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(REWARDS), figsize=(10, 6.4), sharex=True, layout="constrained")
+    for column, (reward, spread) in zip(axes.T, REWARDS.items()):
+        for axis, number, label in zip(column, (WIN, KL_POSTERIOR), LABELS):
+            for method, color, style, shift in zip(SWEPT, ("black", "0.5"), ("o-", "s--"), (0.98, 1.02)):
+                mean, half = np.array([interval(results[reward, method, n][:, number]) for n in plan.sizes]).T
+                at = np.array(plan.sizes) * shift  # side by side, or the intervals hide each other
+                axis.errorbar(at, mean, half, fmt=style, color=color, capsize=3, ms=5, label=method)
+            value = results[reward, "posterior", plan.sizes[-1]][:, number].mean()
+            axis.axhline(value, color="0.4", ls=":", label="exact posterior")
+            axis.set_xscale("log", base=2)
+            axis.set(xticks=plan.sizes, xticklabels=plan.sizes, ylabel=label)
+        column[0].set_title(f"{reward} reward (spread {spread:g})")
+        column[1].set_xlabel("n, outputs per prompt")
+    axes[0, 0].legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------- command line
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"methods: {message}\n")
+
+
+def main(argv=None):
+    """-> 0."""
+    parser = Parser("python -m toy.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a tiny world, to see that all of it runs: under a minute, no pictures")
+    add("--workers", type=int, choices=range(1, 65), default=2, metavar="N", help="processes; changes no number (default 2)")
+    add("--figures", type=Path, help="directory of the pictures (default toy/figures, with --quick none)")
+    arguments = parser.parse_args(argv)
+    folder = arguments.figures or (None if arguments.quick else Path(__file__).parent / "figures")
+    if folder and not arguments.figures:
+        folder.mkdir(exist_ok=True)
+    if folder and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        parser.error(f"--figures {folder}: must be a directory that can be written to")
+
+    started, plan = time.perf_counter(), QUICK if arguments.quick else FULL
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
+        rates = choose_rates(plan, pool)
+        results, drawn = measure(plan, rates, pool)
+    print_tables(plan, results, drawn)
+    print_orderings(plan, results)
+    pictures = {folder / "methods.png": draw_methods, folder / "figure2.png": draw_figure2} if folder else {}
+    for path, draw in pictures.items():
+        draw(plan, results, path)
+    print("\n" + "; ".join([*map(str, pictures), f"{time.perf_counter() - started:.0f} s"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
