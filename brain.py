@@ -53,6 +53,7 @@ Departures from the paper, cited below by number
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import dataclasses
@@ -64,6 +65,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import re
 import shlex
@@ -254,6 +256,8 @@ def rejection_sample(log_good, n, generator=None):
 
 # ------------------------------------------------------------------------------------------
 # 3. The policy: one causal LM as the prior p, the proposal q' and the policy q_theta
+#
+# First how outputs share the cache of their prompt, which saves time alone: on a first reading, go on at Policy.
 
 
 def shareable(cache):
@@ -275,26 +279,26 @@ def share(cache, rows, room=0):
         if isinstance(rows, int):
             layer.keys, layer.values = (kept.expand(rows, -1, -1, -1) for kept in (layer.keys, layer.values))
         elif type(layer) is DynamicLayer:
-            cache.layers[i] = Roomy(layer, rows, room)
+            cache.layers[i] = PreallocatedLayer(layer, rows, room)
         else:
             layer.batch_select_indices(rows)
     return cache
 
 
-class Roomy(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """The listed rows of a layer's keys and values, with room for more tokens, which are written in place.
 
-    A DynamicLayer copies all that it holds at every token, and all that stays whenever a row leaves: half as much
-    time again for sampling.
+    A DynamicLayer copies all that it holds at every token, and all that stays whenever a row leaves: sampling then takes
+    half as much time again.
     """
 
     def __init__(self, layer, rows, room):
         super().__init__()
         self.is_initialized, self.filled = True, layer.keys.shape[2]
         self.buffers = [F.pad(kept, (0, 0, 0, room))[rows] for kept in (layer.keys, layer.values)]  # (R, H, T, D)
-        self.look()
+        self._view()
 
-    def look(self):
+    def _view(self):
         self.keys, self.values = (buffer[:, :, : self.filled] for buffer in self.buffers)
         return self.keys, self.values
 
@@ -302,7 +306,7 @@ class Roomy(DynamicLayer):
         start, self.filled = self.filled, self.filled + keys.shape[2]
         for buffer, new in zip(self.buffers, (keys, values)):
             buffer[:, :, start : self.filled] = new
-        return self.look()
+        return self._view()
 
     def batch_select_indices(self, indices):
         """Only rows that change their place are copied."""
@@ -310,7 +314,7 @@ class Roomy(DynamicLayer):
         for buffer in self.buffers:
             buffer[moved] = buffer[indices[moved]]
         self.buffers = [buffer[: len(indices)] for buffer in self.buffers]
-        self.look()
+        self._view()
 
 
 class Policy:
@@ -403,7 +407,6 @@ class Policy:
     def _token_log_probs(self, logits, ids):
         """log-probability of ids (...) under logits (..., V). -> (...)"""
         scores = self._scores(logits)
-        # gather - logsumexp, not log_softmax: that would hold a second tensor of the size of the logits
         return scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)
 
     def _forward(self, model, ids, keep, mask=None, cache=None, use_cache=True):
@@ -494,6 +497,7 @@ class Policy:
                 each = zip(prompts, generators)
                 outputs, sums = zip(*[self.sample_batch([x], n, max_new_tokens, prior, [g], greedy) for x, g in each])
                 return [some for (some,) in outputs], torch.cat(sums)
+            refuse_if(logits.isnan().any(), "the policy's logits are nan: it has diverged; lower --learning-rate, or use --dtype float32")
             # One uniform number for each token to come, drawn beforehand: what a row draws does not depend on
             # the rows beside it, on chunks, or on which of them have ended.
             uniform = [torch.rand(n, max_new_tokens, dtype=torch.float64, generator=g) for g in generators]
@@ -554,12 +558,14 @@ class Policy:
         return whole[len(before) :] if whole.startswith(before) else decode(output)
 
 
-def add_adapter(model, rank, alpha):
-    """A fresh LoRA adapter (peft), on the layers that peft knows for this architecture, else on all linear ones."""
-    from peft import LoraConfig, get_peft_model
+def add_adapter(model, rank, alpha, alike=None):
+    """A fresh LoRA adapter (peft), on the layers that peft knows for this architecture, else on all linear ones; or of the
+    shape of a saved one, `alike`."""
+    from peft import LoraConfig, PeftConfig, get_peft_model
 
     # B starts at zero: q_theta = p at step 0. Dropout in the adapter would break that at the first update.
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = PeftConfig.from_pretrained(alike) if alike else LoraConfig(r=rank, lora_alpha=alpha, task_type="CAUSAL_LM")
+    config.inference_mode, config.lora_dropout = False, 0.0
     try:
         return get_peft_model(model, config)
     except ValueError:  # "Please specify `target_modules`": peft has no map for it
@@ -876,7 +882,7 @@ def bare_weights(path):
         weights = torch.load(path, map_location="cpu", weights_only=True)  # without it, unpickling runs what it is told
         weights = {re.sub(r"^v_head\.", "score.", key): w for key, w in weights.items()}
     except Exception:
-        raise UserError(f"--reward-model {path}: is not weights alone, and a file that holds code is not opened; give another") from None
+        raise UserError(f"--reward-model {path}: is not weights alone, and a file that holds code is not opened; give another checkpoint") from None
     return {key: w for key, w in weights.items() if not re.search(r"\.attn\.(masked_)?bias$", key)}
 
 
@@ -956,7 +962,7 @@ class Prompts:
         limit = settings.max_prompt_tokens
         self.kept = [i for i, length in enumerate(lengths) if length <= limit]
         none = f"none of {len(rows)} prompts fits into {limit} tokens; raise --max-prompt-tokens, or lower --max-new-tokens"
-        refuse_if(not self.kept, f"--dataset: split {split}: {none}")
+        refuse_if(not self.kept, f"--dataset {settings.dataset}: split {split}: {none}")
         self.summary = f"{split}: {len(self)} prompts" + ("" if self.gold else ", without gold answers, so without win-rate")
         if len(self) < len(rows):
             self.summary += f", {len(rows) - len(self)} longer than {limit} tokens left out"
@@ -974,7 +980,7 @@ class Prompts:
 
     def text(self, prompt):
         """A prompt as the policy reads it."""
-        return prompt if isinstance(prompt, str) else chat(self.tokenizer, prompt, "--model", add_generation_prompt=True)
+        return prompt if isinstance(prompt, str) else chat(self.tokenizer, prompt, f"--model {self.settings.model}", add_generation_prompt=True)
 
     def answer_ids(self, prompt, prompt_ids, answer):
         """An answer as if the policy had written it: what follows the prompt's ids, the end token, cut to length."""
@@ -1001,7 +1007,7 @@ def answer_text(prompt, answer):
     return " " + answer if apart else answer
 
 
-def load_splits(name, flag_name):
+def load_splits(name, flag_name="--dataset"):
     """{"train", "validation", "test": rows or None} of a hub name, a directory, or a .jsonl, .parquet or .csv file."""
     import datasets
     import huggingface_hub
@@ -1009,7 +1015,7 @@ def load_splits(name, flag_name):
     path, kinds = Path(name), {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     datasets.disable_progress_bars()
     refuse_if(path.is_file() and path.suffix not in kinds, f"{flag_name} {name}: of unknown kind; give .jsonl, .parquet or .csv")
-    refuse_if(path.is_file() and not path.stat().st_size, f"{flag_name} {name}: is empty; add rows")
+    refuse_if(path.is_file() and not path.stat().st_size, f"{flag_name} {name}: has no rows; add some")
     try:
         if path.is_file():
             found = datasets.load_dataset(kinds[path.suffix], data_files={"train": name})
@@ -1021,18 +1027,16 @@ def load_splits(name, flag_name):
         refuse_if(line, f"{flag_name} {line}: not a JSON object; correct or remove this line")
         raise UserError(f"{flag_name} {name}: cannot be read ({first_line(error)}); give a hub name, a directory or a file") from None
     found["validation"] = next((found[split] for split in ("validation", "valid", "val") if split in found), None)
-    refuse_if("train" not in found, f"{flag_name} {name}: has no split 'train'; name its file train.jsonl (or .parquet, .csv)")
-    found = {split: found.get(split) for split in ("train", "validation", "test")}
-    for split in [split for split in found if found[split] is not None]:
-        check_rows(found[split], f"{flag_name} {name}: split {split}")
-    return found
+    return {split: found.get(split) for split in ("train", "validation", "test")}
 
 
 def check_rows(rows, where, pair=()):
     """Refuses rows without prompts, and texts that are none. Before any are held out: row numbers are those of the file."""
+    refuse_if(rows is None, f"{where} is missing; name its file train.jsonl (or .parquet, .csv)")
     names = rows.column_names
     for name in ("prompt", *pair):
-        refuse_if(name not in names, f"{where} has no column {name!r}, there are {', '.join(names)}; add or rename one")
+        needs = " (--method dpo needs 'chosen' and 'rejected')" * bool(pair)
+        refuse_if(name not in names, f"{where} has no column {name!r}{needs}, there are {', '.join(names)}; add or rename one")
     for name in ("prompt", *pair, *[name for name in GOLD_COLUMNS if name in names][:1]):
         for i, text in enumerate(rows[name]):
             valid = is_messages(text) or isinstance(text, str) and (text.strip() or name != "prompt")
@@ -1057,13 +1061,16 @@ def broken_line(path):
 def load_data(settings, tokenizer, splits=None):
     """-> [train, validation, test] as Prompts. A split that the data lacks is held out from train: the same rows
     for every --seed, a tenth of it and at most 1000."""
-    splits = splits or load_splits(settings.dataset, "--dataset")
+    splits, where = splits or load_splits(settings.dataset), f"--dataset {settings.dataset}: split"
+    for split, rows in splits.items():
+        if rows is not None or split == "train":
+            check_rows(rows, f"{where} {split}")
+    pairs = splits["train"]
     if METHODS[settings.method].source == "data":
-        pairs = splits["train"]
         if settings.pairs_dataset:
-            pairs = load_splits(settings.pairs_dataset, "--pairs-dataset")["train"].map(move_cue)
-        where = f"--pairs-dataset {settings.pairs_dataset}" if settings.pairs_dataset else f"--dataset {settings.dataset}"
-        check_rows(pairs, f"{where}, for --method {settings.method}: split train", ("chosen", "rejected"))
+            pairs = load_splits(settings.pairs_dataset, "--pairs-dataset")["train"]
+            pairs, where = pairs and pairs.map(move_cue), f"--pairs-dataset {settings.pairs_dataset}: split"
+        check_rows(pairs, f"{where} train", ("chosen", "rejected"))
     for split in [split for split in splits if splits[split] is None]:
         train = splits["train"]
         refuse_if(len(train) < 2, f"--dataset {settings.dataset}: too few rows to hold any out as {split}; add some")
@@ -1071,7 +1078,7 @@ def load_data(settings, tokenizer, splits=None):
         order = random_subset(len(train), len(train), HELD_OUT)
         splits[split], splits["train"] = train.select(order[:size]), train.select(order[size:])
         print(f"{split}: not in the data; {size} rows of train are held out for it")
-    if settings.pairs_dataset and METHODS[settings.method].source == "data":
+    if settings.pairs_dataset and METHODS[settings.method].source == "data":  # after others were held out
         splits["train"] = pairs
     result = [Prompts(rows, tokenizer, settings, split) for split, rows in splits.items()]
     print("\n".join(prompts.summary for prompts in result))
@@ -1148,7 +1155,7 @@ def save_policy(policy, directory):
     else:
         from peft import get_peft_model_state_dict
 
-        weights = get_peft_model_state_dict(policy.model, adapter_name=policy.adapter)
+        weights = get_peft_model_state_dict(policy.model, adapter_name=policy.adapter, save_embedding_layers=False)
         save_file({name: w.contiguous() for name, w in weights.items()}, directory / "adapter_model.safetensors")
         policy.model.peft_config[policy.adapter].save_pretrained(directory)
     policy.tokenizer.save_pretrained(directory)
@@ -1486,7 +1493,8 @@ def parse(argv):
         def error(self, message):
             raise UserError(message + "; see --help")
 
-    parser = Parser(Settings, description="BRAIn: train a policy to be the posterior p(y|x, G=1).", allow_abbrev=False)
+    about = "BRAIn: train a policy to be the posterior p(y|x, G=1)."
+    parser = Parser(Settings, description=about, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
     s, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     fields = dataclasses.fields(s)
     for word in unknown:
@@ -1506,7 +1514,8 @@ def parse(argv):
             choices = rules["one_of"]
             refuse_if(value not in choices, f"{name} {value}: {nearest(value, choices)}give one of {', '.join(choices)}")
         elif rules.get("least") is not None:
-            limits = f"a finite number of at least {rules['least']}" + (f" and below {rules['below']}" if rules["below"] < math.inf else "")
+            bounded, real = rules["below"] < math.inf, isinstance(value, float)
+            limits = f"at least {rules['least']}" + (f" and below {rules['below']}" if bounded else " and finite" * real)
             why = "; D_1 is 0 for every policy, and Theorem 4.3 needs two outputs" if f.name == "samples_per_prompt" else ""
             refuse_if(not rules["least"] <= value < rules["below"], f"{name} {value}: must be {limits}{why}")
     check(s)
@@ -1517,23 +1526,21 @@ def check(s):
     """Refuses settings that are each in range but do not go together, and settles device and dtype."""
     method, n, template = METHODS[s.method], s.samples_per_prompt, s.reward_template or "{prompt}{output}"
     if s.model == "toy":
-        refuse_if(s.max_new_tokens != 4, f"--max-new-tokens {s.max_new_tokens}: outputs of the toy world have at most 4; leave it out")
+        refuse_if(s.max_new_tokens > 5, f"--max-new-tokens {s.max_new_tokens}: the toy world lists all outputs; give at most 5")
         own = ("base_model", "tokenizer", "reward_model", "reward_base", "reward_template", "reward_function", "dataset")
         for name in (*own, "pairs_dataset", "load_in_4bit", "lora_rank"):
             refuse_if(getattr(s, name), f"{flag(name)}: the toy world has its own; name a model with --model, or leave it out")
     else:
         refuse_if(s.dataset is None, "--dataset: missing; give prompts for --model (hub name, directory, .jsonl, .parquet or .csv)")
-        refuse_if(bool(s.reward_model) == bool(s.reward_function), "--reward-model or --reward-function: give one of the two")
-        for name in ("reward_base", "reward_template"):
-            refuse_if(s.reward_function and getattr(s, name), f"{flag(name)}: is for a --reward-model; leave it out")
-    lost = "pairs_dataset" in s.typed and method.source != "data"
-    refuse_if(lost, f"--pairs-dataset: is for --method dpo, not {s.method}; leave it out")
+        refuse_if(bool(s.reward_model) == bool(s.reward_function), "--reward-model or --reward-function: give one of them, not both")
     refuse_if(method.source == "data" and n != 2, f"--samples-per-prompt {n}: --method {s.method} has the data's pairs; leave it out")
     refuse_if(method.group_size and n % method.group_size, f"--samples-per-prompt {n}: --method {s.method} makes pairs; give an even number")
     refuse_if(s.learning_rate == 0, "--learning-rate 0: must be above 0; to evaluate alone, give --iterations 0")
     unknown = set(re.findall(r"\{([^{}]*)\}", template)) - {"prompt", "output"}
     wrong = unknown or "{output}" not in template
     refuse_if(wrong, f"--reward-template {template}: needs {{output}}, may have {{prompt}}, and no other braces")
+    for name in ("reward_base", "reward_template"):
+        refuse_if(s.reward_function and getattr(s, name), f"{flag(name)}: is for a --reward-model; leave it out")
     refuse_if(s.resume and s.overwrite, "--resume: not with --overwrite; give one")
     refuse_if(s.resume and not s.output_dir, "--resume: which run? give its --output-dir")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1563,7 +1570,7 @@ def base_of(s):
     return base, s.model
 
 
-def weigh(kind, config, flag_name, rank=0):
+def weigh(kind, config, rank=0, flag_name="--model", adapter=None):
     """(weights, trained weights, numbers in the cache of a token): exact, from a model without storage."""
     with torch.device("meta"):
         try:
@@ -1576,11 +1583,12 @@ def weigh(kind, config, flag_name, rank=0):
         layers = getattr(getattr(output, "past_key_values", None), "layers", ())
         tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
         weights, cache = sum(p.numel() for p in model.parameters()), sum(tensor.numel() for tensor in tensors if tensor is not None)
-        model = add_adapter(model, rank, rank) if rank else model
+        if rank:
+            model = add_adapter(model, rank, rank, adapter)
     return weights, sum(p.numel() for p in model.parameters() if p.requires_grad), cache
 
 
-def plan(s, base):
+def plan(s, base, adapter=None):
     """Says what is about to happen, before anything large is downloaded or loaded. Settles --max-prompt-tokens."""
     flag_name = "--base-model" if s.base_model else "--model"
     config = load(transformers.AutoConfig, base, flag_name)
@@ -1589,7 +1597,7 @@ def plan(s, base):
     refuse_if(room < 1, f"--max-new-tokens {s.max_new_tokens}: {none}")
     s.max_prompt_tokens = int(min(s.max_prompt_tokens or room, room, 2**20))
     length = s.max_prompt_tokens + s.max_new_tokens
-    weights, trained, cache = weigh(transformers.AutoModelForCausalLM, config, flag_name, s.lora_rank)
+    weights, trained, cache = weigh(transformers.AutoModelForCausalLM, config, s.lora_rank, flag_name, adapter)
     size = {"float64": 8, "float32": 4}.get(s.dtype, 2)  # bytes of a number
     n = min(s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt)
     kind, each = ("4 bits", 0.5) if s.load_in_4bit else (s.dtype, size)
@@ -1602,7 +1610,7 @@ def plan(s, base):
         bare = bare_checkpoint(s.reward_model, s.reward_base)
         source = (s.reward_base, "--reward-base") if bare else (s.reward_model, "--reward-model")
         config = load(transformers.AutoConfig, *source, num_labels=1)
-        count, *_ = weigh(transformers.AutoModelForSequenceClassification, config, source[1])
+        count, *_ = weigh(transformers.AutoModelForSequenceClassification, config, flag_name=source[1])
         parts[f"reward: {s.reward_model}, {count:,} weights in {s.dtype}"] = size * count
     parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * length
     parts["together; activations come on top (--outputs-per-forward bounds them)"] = sum(parts.values())
@@ -1631,9 +1639,11 @@ def load_policy_and_reward(s, base, adapter, tokenizer):
         if adapter:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, adapter)
+            with warnings.catch_warnings():  # weights that find no place: the prior would be the base without them
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                model = PeftModel.from_pretrained(model, adapter)
         return Policy(model, tokenizer, s.lora_rank, s.lora_alpha, bound), reward
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, UserWarning, pickle.UnpicklingError) as error:
         raise UserError(f"--model {s.model}: {first_line(error)}; see --base-model, --lora-rank and --lora-alpha") from None
 
 
@@ -1689,18 +1699,19 @@ def execute(s, argv):
     if s.model == "toy":
         from toy.world import Toy
 
-        toy = Toy(s.seed, s.dtype, s.goodness)
+        toy = Toy(s.seed, s.dtype, s.goodness, length=s.max_new_tokens)
     else:
         base, adapter = base_of(s)
-        plan(s, base)
+        plan(s, base, adapter)
     run = Run(open_directory(s), s)
     if s.resume and run.finished():
         print(f"{run.path}: this run is finished; its best model is {run.path / 'model'}")
         return
-    place = s.tokenizer if "tokenizer" in s.typed else s.model if not adapter else base
-    tokenizer = toy.tokenizer if toy else load_tokenizer(place, s.tokenizer, "--model")
+    place = (s.tokenizer, "--tokenizer") if "tokenizer" in s.typed else (base if adapter else s.model, "--model")
+    tokenizer = toy.tokenizer if toy else load_tokenizer(place[0], s.tokenizer, place[1])
     refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no end token; set eos_token there")
     train_data, validation, test = load_data(s, tokenizer, toy and toy.splits())
+    torch.manual_seed(s.seed)  # LoRA begins at random: alike in all processes
     if toy:
         policy = Policy(toy.model, tokenizer, outputs_per_forward=s.outputs_per_forward)
         reward = RewardFunction(toy.world.reward_of, "toy")

@@ -1286,7 +1286,10 @@ def settings_of(**changes):
 
 
 def prompts_of(rows, tokenizer=None, split="train", **changes):
-    return brain.Prompts(dataset_of(rows), tokenizer or byte_pairs(*JOINING), settings_of(**changes), split)
+    rows, settings = dataset_of(rows), settings_of(**changes)
+    pair = ("chosen", "rejected") if settings.method == "dpo" and split == "train" else ()
+    brain.check_rows(rows, f"--dataset {settings.dataset}: split {split}", pair)
+    return brain.Prompts(rows, tokenizer or byte_pairs(*JOINING), settings, split)
 
 
 @pytest.fixture
@@ -1376,7 +1379,7 @@ def test_messages_are_prompts():
     the gold's whole list of messages as text."""
     tokenizer = byte_pairs(*JOINING, specials=BOTH, begins=True)
     rows = [{"prompt": MESSAGES, "chosen": MESSAGES + [{"role": "assistant", "content": "bc"}]}]
-    with pytest.raises(brain.UserError, match="--dataset.*no chat template"):
+    with pytest.raises(brain.UserError, match="--model.*no chat template"):
         prompts_of(rows, tokenizer)
     tokenizer.chat_template = CHAT
     (example,) = prompts_of(rows, tokenizer)
@@ -1447,7 +1450,7 @@ def test_missing_splits_are_held_out_of_train(capsys):
     assert [train, validation, test] == [[0, 1, 2], [3, 4], list(range(5, 35))] and "held out" not in told
     with pytest.raises(brain.UserError, match="--dataset.*too few rows"):
         held_out({"train": rows[:1], "test": rows[1:]}, capsys)
-    with pytest.raises(brain.UserError, match="--dataset.*no split 'train'"):
+    with pytest.raises(brain.UserError, match="--dataset.*split train is missing"):
         held_out({"test": rows}, capsys)
 
 
@@ -1715,8 +1718,8 @@ def test_held_out_prompts_are_32():
 class SmallToy(toy_world.Toy):
     """The default run's world, of 13 outputs: a run takes half a second."""
 
-    def __init__(self, seed=0, dtype="float32"):
-        super().__init__(seed, dtype, letters=3, length=2, prompts=4)
+    def __init__(self, seed=0, dtype="float32", goodness="bradley-terry", length=2):
+        super().__init__(seed, dtype, goodness, letters=3, length=length, prompts=4)
 
     gold = True
 
@@ -1734,7 +1737,7 @@ class SmallToy(toy_world.Toy):
 def small_toy(monkeypatch):
     monkeypatch.setattr(toy_world, "Toy", SmallToy)
     monkeypatch.setattr(brain, "HELD_OUT_PROMPTS", 2)
-    monkeypatch.setattr(brain.Run, "report", lambda run: None)
+    monkeypatch.setattr(brain.Run, "report", lambda run: (run.path / "report.png").touch())
 
 
 SHORT = """--iterations 2 --prompts-per-iteration 2 --samples-per-prompt 3 --updates-per-iteration 4 --batch-size 2 --max-new-tokens 2
@@ -1765,11 +1768,12 @@ def same_files(one, other):
 
 
 @pytest.mark.parametrize("method", ["brain", "dpo-sft"])
-def test_files_of_a_run(method, small_toy, tmp_path, capsys):
+def test_files_of_a_run(method, small_toy, monkeypatch, tmp_path, capsys):
     """Keys, steps and numbers of every file, and their agreement. Wrong: a key lost or renamed, an evaluation missed at a
     multiple of --eval-every, at the end, before training or on test; a step counted from 0; samples of one round alone; log p
     and log q' swapped in the file; ids without the end token; a config that is nested or lacks a setting."""
-    path = tmp_path / "run"
+    path, checkpoints, save = tmp_path / "run", [], brain.Run.save_checkpoint
+    monkeypatch.setattr(brain.Run, "save_checkpoint", lambda run, *state: (checkpoints.append(state[-1]), save(run, *state)))
     assert brain.main([*SHORT, "--method", method, "--samples-per-prompt", 4, "--output-dir", path]) == 0
     config = json.loads((path / "config.json").read_text())
     names = [field.name for field in dataclasses.fields(brain.Settings)]
@@ -1791,12 +1795,20 @@ def test_files_of_a_run(method, small_toy, tmp_path, capsys):
     for line in metrics:
         assert list(line) == (evaluation if "split" in line else update)
         assert all(math.isfinite(value) for name, value in line.items() if name != "split")
+    assert checkpoints == [0, 3, 4, 6, 8]  # with each evaluation, and before each round
     told = capsys.readouterr().out
     for line in metrics:
         shown = [row for row in told.splitlines() if row.split()[:3] == ["update", str(line["step"]), line.get("split")]]
         assert len(shown) == ("split" in line)
-        for name in evaluation[2:-1] if shown else ():
-            assert f"{line[name]:.3f}" in shown[0], name
+        words = {
+            "win_rate": "win_rate",
+            "win_rate_half_width": "±",
+            "reward": "reward",
+            "kl_to_prior": "kl_to_prior",
+            "self_normalized_kl": "self_normalized_kl",
+        }
+        for name, word in words.items() if shown else ():
+            assert f"{word} {line[name]:.3f}" in shown[0]
 
     toy, samples = SmallToy(), read_lines(path / "samples.jsonl")
     assert [line["iteration"] for line in samples] == [1] * 8 + [2] * 8
@@ -1830,6 +1842,7 @@ def test_files_of_a_run(method, small_toy, tmp_path, capsys):
     assert (metrics[-1]["win_rate"], metrics[-1]["win_rate_half_width"]) == pytest.approx(expected)
     assert metrics[-1]["reward"] == pytest.approx(np.mean([line["reward"] for line in outputs]))
     assert {file.name for file in path.iterdir()} == {
+        "report.png",
         "config.json",
         "metrics.jsonl",
         "samples.jsonl",
@@ -1849,6 +1862,16 @@ def test_the_same_seed_gives_the_same_run(small_toy, tmp_path):
     one, three = timeless(tmp_path / "one"), timeless(tmp_path / "three")
     for name in ("metrics.jsonl", "samples.jsonl", "test_outputs.jsonl", "model/model.safetensors"):
         assert one[name] != three[name], name
+
+
+def test_iterations_0_evaluates_alone(small_toy, tmp_path):
+    """The prior on validation and test, saved as model/. Wrong: an update, an error for want of samples."""
+    assert brain.main([*SHORT, "--iterations", 0, "--output-dir", tmp_path / "run"]) == 0
+    lines = read_lines(tmp_path / "run/metrics.jsonl")
+    assert [(line["step"], line["split"]) for line in lines] == [(0, "validation"), (0, "test")]
+    assert [line["kl_to_prior"] for line in lines] == pytest.approx([0, 0], abs=1e-5)
+    assert (tmp_path / "run/samples.jsonl").read_bytes() == b""
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").state_dict(), SmallToy().model.state_dict())
 
 
 SCRIPT = [50.0, 70.0, 60.0, 70.0]  # win-rates of the four evaluations of SHORT on validation
@@ -1901,7 +1924,7 @@ def test_without_gold_answers_the_last_model_is_kept(small_toy, monkeypatch, tmp
         brain, "evaluate", lambda policy, *a: (weights.append(copy.deepcopy(policy.model.state_dict())), evaluate(policy, *a))[1]
     )
     assert brain.main([*SHORT, "--output-dir", tmp_path / "run"]) == 0
-    assert len(saved) == 5 and all(map(same_weights, saved, weights))
+    assert len(saved) == 4 and all(map(same_weights, saved, weights))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").state_dict()
     assert same_weights(loaded, weights[3]) and same_weights(weights[4], weights[3]) and not same_weights(weights[0], weights[3])
     lines = [line for line in read_lines(tmp_path / "run/metrics.jsonl") if "split" in line]
@@ -2086,7 +2109,10 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(small_toy, scripted, mon
     expected = timeless(path)
     best = max(read_lines(path / "metrics.jsonl"), key=lambda line: line.get("win_rate", 0) * (line.get("split") == "validation"))
     assert best["step"] == 3  # in the middle: a run that forgets it keeps a later one
-    for i, (what, states) in enumerate(found.items()):
+    first_evaluation = found["all of metrics.jsonl"][1:2]  # without a checkpoint: the run starts over
+    assert "checkpoint/state.safetensors" not in first_evaluation[0][0]
+    kinds = [("first evaluation", first_evaluation), *found.items()]
+    for i, (what, states) in enumerate(kinds):
         again = tmp_path / f"{i}"
         lay_out(again, states[len(states) * 2 // 3])
         assert brain.main([*SHORT, "--output-dir", again, "--resume"]) == 0, (what, capsys.readouterr().err)
@@ -2268,7 +2294,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(what, small_toy, mon
             return result * math.inf
         if what == "metric":  # the loss does not see it: alpha_hat is 0 there, but the policy's weight of it is nan
             return result
-        result.register_hook(lambda gradient: gradient * math.inf)
+        if len(policies) == 1:  # inf and no nan, in a single weight
+            bias = policy.parameters()["transformer.ln_f.bias"]
+            bias.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), math.inf))
         return result
 
     monkeypatch.setattr(brain.Policy, "log_prob", poisoned)
@@ -2320,7 +2348,7 @@ PAIR = """
 import os, signal, sys
 import test_brain, brain
 test_brain.toy_world.Toy, brain.HELD_OUT_PROMPTS, brain.EVALUATION_BATCH = test_brain.SmallToy, 2, 1
-brain.Run.report = lambda run: None
+brain.Run.report = lambda run: (run.path / 'report.png').touch()
 place = sys.argv[1]
 assert brain.main([*test_brain.SHORT, *test_brain.SHARED["three"], "--output-dir", os.path.join(place, "three")]) == 0
 update, steps = brain.update, iter(range(9))
@@ -2365,7 +2393,7 @@ def test_two_processes_are_one(small_toy, monkeypatch, tmp_path):
             subprocess.Popen(argv, cwd=HERE, env=os.environ | shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     try:
-        (out, _), (out_of_1, told) = [child.communicate(timeout=600) for child in children]
+        (out, _), (out_of_1, told) = [child.communicate(timeout=240) for child in children]
     finally:
         for child in children:
             child.kill()
@@ -2379,6 +2407,39 @@ def test_two_processes_are_one(small_toy, monkeypatch, tmp_path):
     for name, more in SHARED.items():
         assert brain.main([*SHORT, *more, "--output-dir", tmp_path / name]) == 0
         same_numbers(tmp_path / name, tmp_path / "two" / name)
+
+
+def test_an_adapter_begins_as_the_seed_says(small_toy, tmp_path):
+    """LoRA's A is random: the same for a seed in whatever process, another for another. Wrong: torch's own state, which depends
+    on what was loaded or imported before."""
+    states = []
+    for seed, torch_seed in ((0, 1), (0, 2), (1, 1)):
+        torch.manual_seed(torch_seed)
+        arguments = real_run(tmp_path, "--iterations", 0, "--seed", seed, "--output-dir", tmp_path / str(len(states)))
+        assert brain.main(arguments) == 0
+        states.append((tmp_path / str(len(states)) / "checkpoint/state.safetensors").read_bytes())
+    assert states[0] == states[1] != states[2]
+
+
+def test_a_run_killed_while_it_draws_its_report(monkeypatch, tmp_path):
+    """Resuming makes up for it. Wrong: a run that counts as finished without its picture."""
+    monkeypatch.setattr(toy_world, "Toy", SmallToy)
+    with monkeypatch.context() as patch:
+        killed_at(patch, brain.Run, "report", 1)
+        with pytest.raises(Killed):
+            brain.main([*SHORT, "--output-dir", tmp_path / "run"])
+    monkeypatch.setattr(brain.Run, "report", lambda run: (run.path / "report.png").write_bytes(b"drawn"))
+    assert brain.main([*SHORT, "--output-dir", tmp_path / "run", "--resume"]) == 0
+    assert (tmp_path / "run/report.png").exists()
+
+
+@pytest.mark.parametrize("more", [["--eval-every", 1], ["--updates-per-iteration", 1], ["--eval-every", 1, "--greedy"]])
+def test_diverged_weights_end_in_one_line_where_they_are_first_used(more, small_toy, tmp_path, capsys):
+    """A step to weights whose logits are nan, then an evaluation or the next round's sampling before any loss sees it: exit 2,
+    no traceback. Wrong: an index out of range from the sampler, or a NaN in metrics.jsonl."""
+    assert brain.main([*SHORT, "--learning-rate", 1e30, *more, "--output-dir", tmp_path / "run"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("brain: ") and "--learning-rate" in told
 
 
 # ------------------------------------------------------------------------------------------
@@ -2622,7 +2683,7 @@ BAD = {
     "no such data on the hub": (typed(dataset="owner/nosuch"), "--dataset owner/nosuch:", "hub name"),
     "empty data directory": (typed(dataset="empty"), "--dataset empty:"),
     "data of unknown kind": (typed(dataset="notes.txt"), "--dataset notes.txt:", ".jsonl", ".parquet", ".csv"),
-    "no train split": (typed(dataset="no-train"), "--dataset no-train:", "'train'", "train.jsonl"),
+    "no train split": (typed(dataset="no-train"), "--dataset no-train:", "split train is missing", "train.jsonl"),
     "one row": (typed(dataset="one.jsonl"), "--dataset one.jsonl:", "too few rows"),
     "broken line": (typed(dataset="broken.jsonl"), "broken.jsonl:2:", "JSON", "remove"),
     "broken line of a directory": (typed(dataset="broken"), "broken/valid.jsonl:3:", "JSON"),
@@ -2630,7 +2691,7 @@ BAD = {
     "label of integers": (typed(dataset="numbers.jsonl"), "--dataset numbers.jsonl:", "row ", "'label'", "text", "not 1"),
     "empty prompts": (typed(dataset="empty-prompts.jsonl"), "--dataset empty-prompts.jsonl:", "row ", "'prompt'", "text", "' '"),
     "prompts too long": (typed(dataset="long.jsonl"), "--dataset long.jsonl:", "60 tokens", "--max-prompt-tokens", "--max-new-tokens"),
-    "messages without chat template": (typed(dataset="messages.jsonl"), "--dataset messages.jsonl:", "chat template"),
+    "messages without chat template": (typed(dataset="messages.jsonl"), "--model model:", "chat template"),
     "pairs without rejected": (typed(method="dpo", dataset="no-rejected.jsonl", samples_per_prompt=None), "--dataset no-rejected.jsonl:", "'rejected'", "prompt, chosen"),
     # directories
     "a run is there": (typed(output_dir="run"), "--output-dir run:", "--resume", "--overwrite"),
@@ -2664,7 +2725,7 @@ def test_bad_input(name, place, monkeypatch, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(place, monkeypatch, capsys):
     """Wrong: torch's own error, once everything is loaded."""
-    refused(place, monkeypatch, capsys, typed(device="cuda"), ["--device cuda:", "no GPU", "--device cpu"])
+    refused(place, monkeypatch, capsys, typed(device="cuda"), ["--device cuda:", "no such GPU", "--device cpu"])
 
 
 def test_every_number_has_its_range():
@@ -3109,6 +3170,19 @@ def greedy_text(model, words, prompt, length):
     return words.decode([i for i in ids[start:] if i != words.eos_token_id])
 
 
+def test_a_trained_second_adapter_is_saved(hub, mine, no_report, tmp_path):
+    """model/ holds the policy's adapter after training, for the base alone. Wrong: the prior's adapter saved, or one that expects both."""
+    write_lines(tmp_path / "chats.jsonl", [{"prompt": chat} for chat in CHATS])
+    with at_hub(hub):
+        names = ["--model", HH, "--dataset", tmp_path / "chats.jsonl", "--reward-function", f"{mine / 'count.py'}:letters"]
+        assert brain.main([*names, *SMALL, "--learning-rate", "0.05", "--max-new-tokens", "8", "--greedy", "--output-dir", tmp_path / "run"]) == 0
+    words = transformers.AutoTokenizer.from_pretrained(repository(hub, LLAMA_7B))
+    prior, policy = (with_adapter(repository(hub, LLAMA_7B), place) for place in (repository(hub, HH), tmp_path / "run/model"))
+    lines = json_lines(tmp_path / "run/test_outputs.jsonl")
+    assert [line["output"] for line in lines] == [greedy_text(policy, words, line["prompt"], 8) for line in lines]
+    assert any(not torch.equal(w, policy.get_parameter(name)) for name, w in prior.named_parameters())
+
+
 needs_four_bits = pytest.mark.skipif(
     not (torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")), reason="--load-in-4bit needs a GPU and bitsandbytes"
 )
@@ -3202,60 +3276,14 @@ def test_dtype_and_device(monkeypatch):
     1e-5 away; float32 for 6B on a GPU."""
     assert brain.parse([*OWN, "--device", "cpu"]).dtype == "float32"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(brain.UserError, match="--device cuda:2: no such GPU"):
+        brain.parse([*OWN, "--device", "cuda:2"])
     found = brain.parse(OWN)
     assert (found.device, found.dtype) == ("cuda", "bfloat16")
     assert brain.parse([*OWN, "--lora-rank", "0"]).dtype == "float32"
     assert brain.parse([*OWN, "--device", "cpu"]).dtype == "float32"
     assert brain.parse([*OWN, "--dtype", "float16", "--device", "cuda:1"]).dtype == "float16"
-
-
-@pytest.mark.parametrize(
-    "arguments, told",
-    [
-        (["--frobnicate", "1"], "--frobnicate"),
-        (["--metod", "brain"], "did you mean --method?"),
-        (["--method", "brian"], "did you mean brain?"),
-        (["--method", "ppo"], "dpo-sft+iw+n"),
-        (["--goodness", "probit"], "logistic"),
-        (["--dtype", "half"], "bfloat16"),
-        (["--seed", "-1"], "--seed -1: must be at least 0"),
-        (["--iterations", "-1"], "--iterations -1: must be at least 0"),
-        (["--prompts-per-iteration", "0"], "--prompts-per-iteration 0: must be at least 1"),
-        (["--samples-per-prompt", "1"], "--samples-per-prompt 1: must be at least 2; D_1 is 0"),
-        (["--updates-per-iteration", "0"], "--updates-per-iteration 0: must be at least 1"),
-        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
-        (["--max-prompt-tokens", "0"], "--max-prompt-tokens 0: must be at least 1"),
-        (["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
-        (["--learning-rate=-1e-5"], "--learning-rate -1e-05: must be at least 0"),
-        (["--learning-rate", "nan"], "--learning-rate nan"),
-        (["--learning-rate", "0"], "--iterations 0"),
-        (["--weight-decay", "-1"], "--weight-decay -1.0: must be at least 0"),
-        (["--adam-beta1", "1"], "--adam-beta1 1.0: must be at least 0 and below 1"),
-        (["--adam-beta2", "1"], "--adam-beta2 1.0: must be at least 0 and below 1"),
-        (["--lora-rank", "-1"], "--lora-rank -1: must be at least 0"),
-        (["--lora-alpha", "0"], "--lora-alpha 0: must be at least 1"),
-        (["--outputs-per-forward", "0"], "--outputs-per-forward 0: must be at least 1"),
-        (["--eval-prompts", "-1"], "--eval-prompts -1: must be at least 0"),
-        (["--eval-every", "0"], "--eval-every 0: must be at least 1"),
-        (["--batch-size", "two"], "--batch-size: invalid int value: 'two'"),
-        (["--reward-model", "r"], "not both"),
-        (["--reward-template", "{prompt}"], "{output}"),
-        (["--reward-template", "{output}{answer}"], "no other braces"),
-        (["--method", "dpo", "--samples-per-prompt", "4"], "--samples-per-prompt 4"),
-        (["--method", "dpo-sft", "--samples-per-prompt", "3"], "even"),
-        (["--resume", "--overwrite", "--output-dir", "o"], "--overwrite"),
-        (["--resume"], "--output-dir"),
-        (["--device", "gpu"], "--device gpu: give cpu, cuda or cuda:1"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_is_refused_in_one_line(arguments, told, tmp_path, monkeypatch, capsys):
-    """Exit code 2, a line that names the flag and how to mend it, nothing written. Wrong: a bound off by one, a traceback, a guess."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(brain, "execute", lambda *_: pytest.fail("not refused"))
-    assert brain.main(OWN + arguments) == 2
-    captured = capsys.readouterr()
-    assert told in captured.err and captured.err.startswith("brain: ")
-    assert captured.err.count("\n") == 1 and captured.out == "" and list(tmp_path.iterdir()) == []
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
@@ -3265,8 +3293,8 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(brain, "execute", lambda *_: pytest.fail("not refused"))
     refused = {
         "--dataset: missing": ["--model", "m", "--reward-model", "r"],
-        "--reward-model or --reward-function: give one of them\n": ["--model", "m", "--dataset", "d"],
-        "--device cuda: no GPU": [*OWN, "--device", "cuda"],
+        "--reward-model or --reward-function: give one of them": ["--model", "m", "--dataset", "d"],
+        "--device cuda: no such GPU": [*OWN, "--device", "cuda"],
         "--load-in-4bit: needs a GPU": [*OWN, "--load-in-4bit"],
     }
     for name, value in VALUES.items():
@@ -3306,9 +3334,10 @@ def test_help_shows_every_setting(capsys):
 
 
 def test_import_is_cheap(tmp_path, hub):
-    """`import brain` is for readers who want the mathematics. Wrong: transformers, peft, datasets or the toy at the top of the file."""
+    """`import brain` is for readers who want the mathematics. Wrong: peft, datasets, matplotlib or the toy at the top of the file; a
+    model class that pulls in all of transformers."""
     code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import brain; print([m for m in sys.modules if m.split('.')[0] in "
-    code += "('transformers', 'peft', 'datasets', 'toy', 'matplotlib', 'huggingface_hub', 'tokenizers')])"
+    code += "('peft', 'datasets', 'toy', 'matplotlib') or m == 'transformers.modeling_utils'])"
     found = command(["-c", code], tmp_path, hub, "-I")
     assert found.stdout == "[]\n" and found.stderr == ""
 
@@ -3319,7 +3348,7 @@ def test_import_is_cheap(tmp_path, hub):
 @pytest.fixture
 def no_report(monkeypatch):
     """report.png takes longest in a small run, and is looked at elsewhere."""
-    monkeypatch.setattr(brain.Run, "report", lambda self: None)
+    monkeypatch.setattr(brain.Run, "report", lambda self: (self.path / "report.png").touch())
 
 
 COUNT = "def letters(prompts, completions, **columns):\n    return [2.0 * text.count('a') for text in completions]\n"
@@ -3602,17 +3631,18 @@ def finished_run(path):
     path.mkdir()
     for name in ("metrics.jsonl", "samples.jsonl"):
         (path / name).write_text("an earlier run\n")
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text('{"samples_per_prompt": 2}')
     return {file: file.read_text() for file in path.iterdir()}
 
 
-def test_an_earlier_run_is_not_touched(mine, tmp_path, capsys):
+def test_an_earlier_run_is_not_touched(mine, tmp_path, monkeypatch, capsys):
     """A directory that holds a run, or anything else, is refused before anything is written. Wrong: an overwritten run."""
+    monkeypatch.setattr(brain, "load_data", lambda *_: pytest.fail("not refused"))
     before = finished_run(tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name, told in (("run", "holds a run; go on with it (--resume)"), ("other", "holds other files"), ("file", "holds other files")):
+    for name, told in (("run", "holds a run; resume it (--resume)"), ("other", "holds other files"), ("file", "is a file; name another")):
         assert brain.main([*of_mine(mine), "--max-new-tokens", "3", "--output-dir", tmp_path / name]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"brain: --output-dir {tmp_path / name}: ") and told in error and error.count("\n") == 1
@@ -3929,7 +3959,7 @@ LATER = {
     "a model's directory, though --overwrite": (typed(output_dir="model", overwrite=True), "--output-dir model:", "other files"),
     "resume what was cut": (typed(output_dir="cut", resume=True), "--resume:", "cut"),
     "no such pairs": (typed(pairs_dataset="nosuch.jsonl", **HUMAN), "--pairs-dataset nosuch.jsonl:"),
-    "pairs without train": (typed(pairs_dataset="no-train", **HUMAN), "--pairs-dataset no-train:", "'train'"),
+    "pairs without train": (typed(pairs_dataset="no-train", **HUMAN), "--pairs-dataset no-train:", "split train is missing"),
     "pairs that are none": (typed(pairs_dataset="data.jsonl", **HUMAN), "--pairs-dataset data.jsonl:", "'chosen'"),
     "pairs that lack the rejected": (typed(pairs_dataset="no-rejected.jsonl", **HUMAN), "--pairs-dataset no-rejected.jsonl:", "'rejected'"),
     "pairs of messages": (typed(pairs_dataset="pairs-of-messages.jsonl", **HUMAN), "chat template"),
@@ -3937,7 +3967,7 @@ LATER = {
     "no rows": (typed(dataset="nothing.jsonl"), "--dataset nothing.jsonl:", "no rows"),
     "no such tokenizer": (typed(model="no-tokenizer", tokenizer="nosuch"), "--tokenizer nosuch:"),
     "a seed too large for the toy": (["--seed", str(2**64), "--output-dir", "new"], "--seed"),
-    "another length in the toy": (["--max-new-tokens", "3", "--iterations", "0", "--output-dir", "new"], "--max-new-tokens 3:", "toy"),
+    "a long word in the toy": (["--max-new-tokens", "6", "--iterations", "0", "--output-dir", "new"], "--max-new-tokens 6:", "toy"),
 }  # fmt: skip
 
 
@@ -3956,3 +3986,82 @@ def test_what_was_returned_is_shown_on_one_line():
     with pytest.raises(brain.UserError) as refusal:
         brain.RewardFunction(lambda completions: torch.zeros(3, 2), "f")("p", ["x", "y", "z"])
     assert "\n" not in str(refusal.value)
+
+
+def test_names_in_the_readme():
+    """The table of equations names what is in brain.py. Wrong: a function renamed in one place."""
+    section = README[README.index("## Where the paper is") : README.index("`brain.py` numbers its departures")]
+    names = {name for row in re.findall(r"^\|[^|]*\|[^|]*\|([^|]*)\|$", section, re.M)[2:] for name in re.findall(r"`([\w.]+)`", row)}
+    assert {"brain_loss", "posterior_weights", "policy_weights", "train", "METHODS"} <= names
+    for name in names:
+        assert functools.reduce(getattr, name.split("."), brain) is not None
+
+
+@pytest.mark.parametrize("module", sorted({words[2] for words in readme_commands() if words[:2] == ["python", "-m"]}))
+def test_modules_of_the_readme(module):
+    """Each takes --help. Wrong: a module renamed or missing."""
+    found = subprocess.run([sys.executable, "-m", module, "--help"], cwd=HERE, capture_output=True, text=True)
+    assert found.returncode == 0 and "usage" in found.stdout and module in found.stdout
+
+
+def test_the_toy_table_of_the_readme(toy_run):
+    """The printed table. Prior and posterior are exact, so to the printed digits; the policy is trained in float32, whose last bits differ
+    between machines and numbers of threads and, over 300 updates, decide some draws: within what seeds differ by. Wrong: an old table."""
+    found, printed = table(toy_run[0].stdout), table(README)
+    assert printed.keys() == set(LINES)
+    for row, width in zip(LINES, (0.03, 0.15, 0.15, 2)):
+        for place in (0, 2):
+            assert printed[row][place] == pytest.approx(found[row][place], abs=2e-3)
+        assert printed[row][1] == pytest.approx(found[row][1], abs=width)
+
+
+def test_pictures_and_links_of_the_readme():
+    """Wrong: a picture or a file that is not there; a placeholder."""
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (HERE / target).is_file(), target
+    assert not re.findall(r"\b(?:TOYTIME|TOYTABLE|PICTURES|TIME_[A-Z]+)\b", README)
+
+
+def test_help_says_each_default_once(capsys):
+    """Wrong: argparse's own "(default: None)" behind ours: settings are None until they are typed."""
+    with pytest.raises(SystemExit):
+        brain.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in text and not re.search(r"\(default: [^()]*\) \(default", text)
+
+
+def test_pickled_code_in_an_adapter_does_not_run(hub, mine, tmp_path, capsys):
+    """One line, as for any other checkpoint. Wrong: a traceback."""
+    shutil.copytree(repository(hub, HH), tmp_path / "evil")
+    torch.save({"weight": Payload(tmp_path / "ran")}, tmp_path / "evil/adapter_model.bin")
+    evil = [*of_mine(mine), "--model", tmp_path / "evil", "--base-model", mine / "model", *SMALL, "--max-new-tokens", "3"]
+    assert brain.main([*evil, "--output-dir", tmp_path / "run"]) == 2
+    error = capsys.readouterr().err
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists() and "Traceback" not in error
+    assert f"brain: --model {tmp_path / 'evil'}: " in error
+
+
+def test_an_adapter_of_another_architecture_is_refused(hub, tmp_path, capsys):
+    """Its weights find no place in this base; peft leaves them out with a warning, and the prior would be the base alone. Wrong: that."""
+    with at_hub(hub):
+        gptj = ["--model", HH, "--base-model", SFT, "--tokenizer", GPTJ, "--max-new-tokens", "12", *SMALL]
+        assert brain.main([*gptj, "--output-dir", tmp_path / "run"]) == 2
+    assert f"brain: --model {HH}: " in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_the_plan_counts_the_adapter_that_is_copied(hub, mine, no_report, tmp_path, capsys):
+    """The policy's adapter is on the layers of the prior's, of which QLoRA takes all. Wrong: peft's own choice of layers counted."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, lora_alpha=2, target_modules="q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split(), task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(mine / "model"), lora)
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = ["--model", tmp_path / "adapter", "--base-model", mine / "model", "--iterations", "0", "--eval-prompts", "2"]
+    assert brain.main([*of_mine(mine), *adapter, "--max-new-tokens", "3", "--output-dir", tmp_path / "run"]) == 0
+    saved = safetensors.torch.load_file(tmp_path / "run/model/adapter_model.safetensors")
+    assert f"adapter of rank 4: {sum(w.numel() for w in saved.values()):,} weights" in capsys.readouterr().out
+
+
+def test_a_sound_run_is_silent(summarisation):
+    """Wrong: a library's warning on stderr each time a model is saved, or a look for a config on the network."""
+    assert summarisation[0].stderr == ""
