@@ -1417,7 +1417,7 @@ COMPANIONS = {  # what goes with a model; each entry is a default that its flag 
         max_prompt_tokens=500, max_new_tokens=128, lora_rank=64, lora_alpha=16,
     ),
     "toy": dict(
-        iterations=4, prompts_per_iteration=64, updates_per_iteration=75, eval_every=75, learning_rate=1e-3,
+        iterations=4, prompts_per_iteration=64, updates_per_iteration=50, eval_every=50, learning_rate=1e-3,
         weight_decay=0.0, lora_rank=0, max_prompt_tokens=2, max_new_tokens=4,
     ),
 }  # fmt: skip

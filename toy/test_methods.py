@@ -1,7 +1,6 @@
 """toy/methods.py: what it prints is what was measured, how samples are counted, and how numbers become verdicts."""
 
 import hashlib
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -23,20 +22,19 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def quick():
-    """(lines of --quick, CPU seconds that it took, whether the committed pictures are as they were)."""
-    before, started = pictures(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    """(lines of --quick, whether the committed pictures are as they were)."""
+    before = pictures()
     command = [sys.executable, "-m", "toy.methods", "--quick"]
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done.stdout.splitlines(), ended.ru_utime - started.ru_utime, pictures() == before
+    return done.stdout.splitlines(), pictures() == before
 
 
-def test_quick_takes_less_than_a_minute_and_leaves_the_pictures_alone(quick):
+def test_quick_trains_in_the_small_world_and_leaves_the_pictures_alone(quick):
     """Wrong: --quick trains in the full world, or draws its meaningless numbers over the README's pictures."""
-    lines, seconds, untouched = quick
+    lines, untouched = quick
     assert untouched
-    assert seconds < 100, "CPU seconds, on two cores"  # the clock would count what else the machine does
+    assert any(f"n = {QUICK.sizes[-1]}, {QUICK.updates} updates of {QUICK.batch_size} prompts" in line for line in lines)
 
 
 def test_tables_hold_the_exact_prior_and_posterior(quick):

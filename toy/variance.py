@@ -241,7 +241,8 @@ def words_table(sizes=(2, 3, 4)):
                 curves[b][name] = dict(zip(NUMBERS, (variance, bias, variance + bias**2)))
                 print(f"{n:2}  {b:4.2f}  {name:7}" + "".join(f"{value:<18.4f}" for value in curves[b][name].values()))
                 off = np.abs(mean - right[name][0]).max()
-                off = max(off, abs(variance - right[name][1])) if right[name][1] is not None else off
+                if right[name][1] is not None:  # to rounding, of variances from 0.01 to 1e9
+                    off = max(off, abs(variance - right[name][1]) / max(1, right[name][1]))
                 if not off <= 1e-9:
                     wrong.append(f"words, n = {n}, b = {b}, {name}: {off:.1e} off its exact value")
     return curves, wrong
@@ -260,6 +261,7 @@ def plot(measured, draws, curves, path):
     truth = {m: exact(float(m)) for m in fine}
     for column, number in enumerate(NUMBERS):
         above, below = axes[:, column]
+        short = "MSE" if number == NUMBERS[2] else number
         for name, (grey, marker, line) in looks.items():
             value, error = np.array([measured[m][name][number] for m in measured]).T
             above.plot(fine, [truth[m][name][number] for m in fine], color=grey, ls=line)
@@ -272,8 +274,10 @@ def plot(measured, draws, curves, path):
                 above.plot(1.0, PUBLISHED[name], marker="x", color=grey, ms=8, mew=2, ls="")
             below.plot(list(curves), [curves[b][name][number] for b in curves], color=grey, marker=marker, ms=5, ls=line)
             above.plot([], [], color=grey, marker=marker, ls=line, label=name)
-        above.set(xlabel="proposal mean m  (0: posterior, 1: policy)", title=f"Gaussian, n = {N}: {number}")
-        below.set(xlabel="share b of the prior in the proposal", title=f"seven words, n = 4: {number}")
+        above.set(xlabel="proposal mean m  (0: posterior, 1: policy)", title=f"Gaussian, n = {N}: {short}")
+        below.set(xlabel="share b of the prior in the proposal", title=f"seven words, n = 4: {short}")
+        if number != "bias":
+            below.set_yscale("log")
     for row in axes:
         for axis, label in zip(row, ("variance of the gradient", "bias of the gradient", "variance + bias$^2$")):
             axis.set_ylabel(label)
