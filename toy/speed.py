@@ -66,14 +66,16 @@ def flops(shape):
     Forward, per token and layer: 12 width^2 weights (4 in attention, 8 in the MLP), a multiplication and an
     addition each; and two products of attention, width x (keys that there are) each, masked ones included. The
     vocabulary matrix: on each position that predicts a token of an output, and once for the prompt, which nobody
-    asks for and so has no backward. Backward: every product twice, for the gradients of its two factors.
+    asks for and so has no backward. Backward: every product twice, for the gradients of its two factors; of the last
+    layer of the prompt only that of the keys, values and queries, in one matrix: nothing else of it is used.
     """
     alone = shape.prompt - 1  # the last token of the prompt goes along with each output, in place of the output's last
     own = shape.n * shape.length
     weights = 2 * 12 * shape.width**2 * (alone + own)
     attention = 2 * 2 * shape.width * (alone**2 + own * (alone + shape.length))
     vocabulary = 2 * shape.width * shape.vocabulary
-    return 3 * (shape.layers * (weights + attention) + vocabulary * own) + vocabulary
+    unused = 2 * 9 * shape.width**2 * alone + 2 * 2 * shape.width * alone**2
+    return 3 * (shape.layers * (weights + attention) + vocabulary * own) + vocabulary - 2 * unused
 
 
 def matmul_rate(shape, device, dtype):
