@@ -1,6 +1,6 @@
 """What do updates, sampling, rewards and evaluation cost, against the usual ways?
 
-    python -m toy.speed              a table and toy/figures/speed.png; 7 minutes on two cores, 12 with TRL
+    python -m toy.speed              a table and toy/figures/speed.png, on a machine that does nothing else
     python -m toy.speed --quick      the same on toy sizes, without a picture; seconds
 
 One model for everything, with random weights: a GPT-2 of 6 layers, width 256, 4 heads, 8192 tokens and 1024
