@@ -326,8 +326,8 @@ class Policy:
                          LoRA adapter, and p the same weights with the adapter off. If `model` has an adapter
                          already, p keeps it and q_theta is a second one, a copy of it: of its rank and alpha.
     lora_alpha           LoRA's scale is lora_alpha / lora_rank
-    outputs_per_forward  how many outputs go through the model at once; None: all n. Bounds memory, and changes
-                         results by rounding alone.
+    outputs_per_forward  how many outputs go through the model at once; None: all that are asked for. Bounds memory,
+                         and changes results by rounding alone.
 
     Dropout is off for good: with it, beta_hat is noise where it should be 1/n (q_theta = q'). A checkpoint's
     generation config is ignored but for its end-of-sequence ids: top-k or a temperature would make log q'
@@ -637,11 +637,13 @@ def train(policy, reward, data, settings, run):
     k, last = settings.updates_per_iteration, settings.updates_per_iteration * settings.iterations
     for t in range(1, settings.iterations + 1):  # line 3
         rows = random_subset(len(data), settings.prompts_per_iteration, settings.seed, PROMPTS, t)  # line 4: S_t
-        rows = rows[sum(samples.iteration == t for samples in buffer) :]  # what a killed run has left of them
+        have = {samples.row for samples in buffer if samples.iteration == t}  # what a killed run had of them
+        groups = [group for group in together(rows, settings) if not have.issuperset(group)]
         draw = functools.partial(collect, policy, reward, data, t, settings)
-        for samples in run.shared_out(rows, draw, f"round {t}, sampling"):  # lines 5 to 11
-            run.keep(samples, data[samples.row].prompt)
-            buffer.append(samples)  # line 12: D_t keeps the samples of all rounds
+        for samples in itertools.chain.from_iterable(run.shared_out(groups, draw, f"round {t}, sampling")):  # lines 5 to 11
+            if samples.row not in have:
+                run.keep(samples, data[samples.row].prompt)
+                buffer.append(samples)  # line 12: D_t keeps the samples of all rounds
         run.look_at([samples for samples in buffer if samples.iteration == t], policy)
         for step in run.progress(range(step + 1, t * k + 1), f"round {t}, updates"):  # line 13
             chosen = random_subset(len(buffer), settings.batch_size, settings.seed, BATCHES, step)
@@ -654,27 +656,40 @@ def train(policy, reward, data, settings, run):
         # Line 21, q' <- q_theta, needs no line: `collect` samples from q_theta as it stands in the next round.
 
 
-def collect(policy, reward, data, t, settings, row):
-    """Lines 6 to 10 for one prompt x: draw its outputs, cache log q', log p, r and alpha_hat. -> Samples"""
-    method, n, example = METHODS[settings.method], settings.samples_per_prompt, data[row]
-    generator = seeded(settings.seed, OUTPUTS, t, row)
+def together(rows, settings):
+    """Rows in groups that are sampled for at once: several prompts where --outputs-per-forward has room for n outputs of each.
+
+    Where a model is small for its machine, a step takes hardly longer for many rows than for few.
+    """
+    size = max(1, (settings.outputs_per_forward or 1) // settings.samples_per_prompt)
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def collect(policy, reward, data, t, settings, rows):
+    """Lines 6 to 10 for each prompt x: draw its outputs, cache log q', log p, r and alpha_hat. -> list of Samples"""
+    method, n, examples = METHODS[settings.method], settings.samples_per_prompt, [data[row] for row in rows]
+    generators = [seeded(settings.seed, OUTPUTS, t, row) for row in rows]
     fixed = method.source != "policy"  # q' = p, as the methods other than BRAIn have it
     if method.source == "data":
-        outputs = example.pair
+        drawn = [example.pair for example in examples]
     else:
         draws = n * RSO_CANDIDATES if method.source == "rso" else n
-        outputs = policy.sample(example.ids, draws, settings.max_new_tokens, prior=fixed, generator=generator)  # line 6
-    texts = [policy.text(example.ids, output) for output in outputs]
-    rewards = reward(example.prompt, texts, example.columns)  # line 8: r(x, y)
-    if method.source == "rso":
-        kept = rejection_sample(log_goodness(rewards, settings.goodness), n, generator).tolist()
-        outputs, texts, rewards = [outputs[i] for i in kept], [texts[i] for i in kept], rewards[kept]
-    with torch.no_grad():  # line 8, by the same function that scores log q_theta in `update`
-        log_p = policy.log_prob(example.ids, outputs, prior=True).cpu()
-        log_q_proposal = log_p if fixed else policy.log_prob(example.ids, outputs).cpu()
-    rewards = rewards.to(log_p)
-    alpha_hat = method.weights(log_p, log_q_proposal, log_goodness(rewards, settings.goodness))  # line 9, departure 1
-    return Samples(t, row, example.ids, outputs, texts, rewards, log_p, log_q_proposal, alpha_hat)
+        prompts = [example.ids for example in examples]
+        drawn, _ = policy.sample_batch(prompts, draws, settings.max_new_tokens, fixed, generators)  # line 6
+    result = []
+    for row, example, generator, outputs in zip(rows, examples, generators, drawn):
+        texts = [policy.text(example.ids, output) for output in outputs]
+        rewards = reward(example.prompt, texts, example.columns)  # line 8: r(x, y)
+        if method.source == "rso":
+            kept = rejection_sample(log_goodness(rewards, settings.goodness), n, generator).tolist()
+            outputs, texts, rewards = [outputs[i] for i in kept], [texts[i] for i in kept], rewards[kept]
+        with torch.no_grad():  # line 8, by the same function that scores log q_theta in `update`
+            log_p = policy.log_prob(example.ids, outputs, prior=True).cpu()
+            log_q_proposal = log_p if fixed else policy.log_prob(example.ids, outputs).cpu()
+        rewards = rewards.to(log_p)
+        alpha_hat = method.weights(log_p, log_q_proposal, log_goodness(rewards, settings.goodness))  # line 9, departure 1
+        result.append(Samples(t, row, example.ids, outputs, texts, rewards, log_p, log_q_proposal, alpha_hat))
+    return result
 
 
 def update(policy, optimizer, batch, method, run):
@@ -1065,7 +1080,7 @@ def load_data(settings, tokenizer, splits=None):
     for split, rows in splits.items():
         if rows is not None or split == "train":
             check_rows(rows, f"{where} {split}")
-    pairs = splits["train"]
+    pairs = own = splits["train"]
     if METHODS[settings.method].source == "data":
         if settings.pairs_dataset:
             pairs = load_splits(settings.pairs_dataset, "--pairs-dataset")["train"]
@@ -1078,7 +1093,7 @@ def load_data(settings, tokenizer, splits=None):
         order = random_subset(len(train), len(train), HELD_OUT)
         splits[split], splits["train"] = train.select(order[:size]), train.select(order[size:])
         print(f"{split}: not in the data; {size} rows of train are held out for it")
-    if settings.pairs_dataset and METHODS[settings.method].source == "data":  # after others were held out
+    if pairs is not own:
         splits["train"] = pairs
     result = [Prompts(rows, tokenizer, settings, split) for split, rows in splits.items()]
     print("\n".join(prompts.summary for prompts in result))
@@ -1098,7 +1113,7 @@ def move_cue(row, cue="TL;DR:"):
 # 7. Evaluation
 
 EVALUATION_BATCH = 32  # prompts at once, one output each
-HELD_OUT_PROMPTS = 32  # validation prompts on which D_n is estimated
+HELD_OUT_PROMPTS = 64  # validation prompts on which D_n is estimated
 
 
 def evenly(size, count):
@@ -1297,7 +1312,8 @@ class Run:
         self.reward, self.splits = reward, {"validation": validation, "test": test}
         of_prior = dataclasses.replace(self.settings, method="dpo-sft+iw+n")  # q' = p, one group
         draw = functools.partial(collect, policy, reward, validation, 0, of_prior)
-        self.held_out = list(self.shared_out(evenly(len(validation), HELD_OUT_PROMPTS), draw, "held-out samples"))
+        groups = together(evenly(len(validation), HELD_OUT_PROMPTS), self.settings)
+        self.held_out = list(itertools.chain(*self.shared_out(groups, draw, "held-out samples")))
 
     @torch.no_grad()
     def divergence(self, policy):
@@ -1417,8 +1433,8 @@ COMPANIONS = {  # what goes with a model; each entry is a default that its flag 
         max_prompt_tokens=500, max_new_tokens=128, lora_rank=64, lora_alpha=16,
     ),
     "toy": dict(
-        iterations=4, prompts_per_iteration=64, updates_per_iteration=50, eval_every=50, learning_rate=1e-3,
-        weight_decay=0.0, lora_rank=0, max_prompt_tokens=2, max_new_tokens=4,
+        iterations=3, prompts_per_iteration=64, updates_per_iteration=50, eval_every=50, learning_rate=1e-3,
+        weight_decay=0.0, lora_rank=0, max_prompt_tokens=2, max_new_tokens=4, eval_prompts=250, outputs_per_forward=256,
     ),
 }  # fmt: skip
 
@@ -1469,7 +1485,7 @@ class Settings:
     lora_rank: int = setting(8, "0: train all weights (paper: 8 for summaries, 64 for dialogue)", 0)
     lora_alpha: int = setting(32, "LoRA's scale is alpha / rank (paper: 32 and 16)", 1)
     load_in_4bit: bool = field(default=False, metadata={"help": "base weights in 4 bits; needs a GPU and bitsandbytes"})
-    outputs_per_forward: int | None = setting(None, "bounds memory: outputs in the model at once (default: all n)", 1)
+    outputs_per_forward: int | None = setting(None, "outputs in the model at once (default: all n): fewer bound memory; for more, prompts are sampled together", 1)
     eval_prompts: int = setting(500, "prompts per evaluation; 0: the whole split", 0)
     eval_every: int = setting(1000, "updates between evaluations (paper: 1000)", 1)
     greedy: bool = field(default=False, metadata={"help": "evaluate the most likely output, not a sampled one"})
@@ -1599,7 +1615,8 @@ def plan(s, base, adapter=None):
     length = s.max_prompt_tokens + s.max_new_tokens
     weights, trained, cache = weigh(transformers.AutoModelForCausalLM, config, s.lora_rank, flag_name, adapter)
     size = {"float64": 8, "float32": 4}.get(s.dtype, 2)  # bytes of a number
-    n = min(s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt)
+    n, bound = s.samples_per_prompt, s.outputs_per_forward or s.samples_per_prompt
+    rows = min(n, bound) * max(1, bound // n)
     kind, each = ("4 bits", 0.5) if s.load_in_4bit else (s.dtype, size)
     parts = {f"policy and prior: {s.model}, {weights:,} weights in {kind}": weights * each}
     if s.lora_rank:  # peft keeps an adapter in float32 at least
@@ -1612,7 +1629,7 @@ def plan(s, base, adapter=None):
         config = load(transformers.AutoConfig, *source, num_labels=1)
         count, *_ = weigh(transformers.AutoModelForSequenceClassification, config, flag_name=source[1])
         parts[f"reward: {s.reward_model}, {count:,} weights in {s.dtype}"] = size * count
-    parts[f"cache of {n} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * n * length
+    parts[f"cache of {rows} outputs, {s.max_prompt_tokens} + {s.max_new_tokens} tokens each"] = cache * size * rows * length
     parts["together; activations come on top (--outputs-per-forward bounds them)"] = sum(parts.values())
     e, m, k = s.iterations, s.prompts_per_iteration, s.updates_per_iteration
     samples = f"{e} rounds of {m:,} prompts x {s.samples_per_prompt} outputs = {e * m * s.samples_per_prompt:,} samples"

@@ -630,7 +630,7 @@ def test_what_collect_caches(method, goodness):
         return taste(*arguments)
 
     for row in (1, 4, 6):
-        got, x = brain.collect(policy, reward, data, 3, s, row), ROWS[row]
+        (got,), x = brain.collect(policy, reward, data, 3, s, [row]), ROWS[row]
         state = np.random.SeedSequence((5, brain.OUTPUTS, 3, row)).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state) // 2)
         if method == "dpo":
@@ -664,9 +664,31 @@ def test_outputs_depend_on_seed_round_and_row():
     policy, data = drifted(), [seven_examples()[0]] * 3
     drawn = {}
     for seed, t, row in ((0, 1, 0), (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)):
-        texts = brain.collect(policy, taste, data, t, short_run(seed=seed, samples_per_prompt=8), row).texts
+        texts = brain.collect(policy, taste, data, t, short_run(seed=seed, samples_per_prompt=8), [row])[0].texts
         assert drawn.setdefault((seed, t, row), texts) == texts
     assert len({tuple(texts) for texts in drawn.values()}) == 4
+
+
+@pytest.mark.parametrize("method", brain.METHODS)
+def test_prompts_sampled_together_are_prompts_sampled_alone(method, monkeypatch):
+    """With room for the outputs of two prompts and a half, two at a time; what each caches is what it caches alone. Wrong: rows,
+    generators or outputs of a group mixed up, one generator for a group, more prompts at once than there is room for."""
+    policy, data, seen, real = drifted(), seven_examples(), [], brain.Policy.sample_batch
+    n = 2 if method == "dpo" else 4
+    s = short_run(method=method, samples_per_prompt=n, outputs_per_forward=5 * n // 2)
+    assert brain.together([3, 1, 6, 0, 2], s) == [[3, 1], [6, 0], [2]]
+    for bound in (None, 1, n, 2 * n - 1):
+        assert brain.together([3, 1], dataclasses.replace(s, outputs_per_forward=bound)) == [[3], [1]]
+    alone = [brain.collect(policy, taste, data, 1, s, [row])[0] for row in range(7)]
+    monkeypatch.setattr(brain.Policy, "sample_batch", lambda self, prompts, *more: (seen.append(len(prompts)), real(self, prompts, *more))[1])
+    found = [samples for rows in brain.together(list(range(7)), s) for samples in brain.collect(policy, taste, data, 1, s, rows)]
+    assert seen == ([] if method == "dpo" else [2, 2, 2, 1])
+    for one, other in zip(alone, found, strict=True):
+        assert (one.row, one.iteration, one.texts) == (other.row, other.iteration, other.texts)
+        assert [y.tolist() for y in one.outputs] == [y.tolist() for y in other.outputs]
+        for name in brain.CACHED:
+            torch.testing.assert_close(getattr(other, name), getattr(one, name), rtol=0, atol=1e-10)
+    assert [x.row for x in found] == list(range(7))
 
 
 def test_random_numbers_come_from_their_indices():
@@ -702,11 +724,11 @@ def trained(tmp_path, monkeypatch, policy, settings, data=None, reward=taste, up
     """A real Run through `train`. -> (run, the calls of collect and update in order)"""
     calls, collect, real_update = [], brain.collect, update or brain.update
 
-    def record_collect(policy, reward, data, t, settings, row):
-        samples = collect(policy, reward, data, t, settings, row)
+    def record_collect(policy, reward, data, t, settings, rows):
+        group = collect(policy, reward, data, t, settings, rows)
         if t:  # 0: held-out samples
-            calls.append(("collect", t, row, copy.deepcopy(policy.model), samples))
-        return samples
+            calls.extend(("collect", t, samples.row, copy.deepcopy(policy.model), samples) for samples in group)
+        return group
 
     def record_update(policy, optimizer, batch, method, run):
         calls.append(("update", batch))
@@ -1516,7 +1538,7 @@ def test_columns_reach_the_reward_function():
     rows = [{"prompt": "c" * 60, "number": -1, "label": ""}] + [{"prompt": f"c{i}", "number": i, "label": f"{i}"} for i in range(3)]
     prompts = prompts_of(rows, max_new_tokens=2, samples_per_prompt=3, max_prompt_tokens=50)
     policy = brain.Policy(tiny("gpt2", vocab=260), byte_pairs(*JOINING))
-    samples = brain.collect(policy, brain.RewardFunction(f, "f"), prompts, 1, prompts.settings, 1)
+    (samples,) = brain.collect(policy, brain.RewardFunction(f, "f"), prompts, 1, prompts.settings, [1])
     assert seen == [(["c1"] * 3, {"number": [1] * 3, "label": ["1"] * 3})]
     assert samples.row == 1 and samples.prompt_ids.tolist() == prompts[1].ids.tolist()
 
@@ -1706,9 +1728,9 @@ def test_held_out_d_n(method, tmp_path):
                 p.mul_(0.9)
 
 
-def test_held_out_prompts_are_32():
+def test_held_out_prompts_are_64():
     """Wrong: fewer, which makes D_n a number of chance."""
-    assert brain.HELD_OUT_PROMPTS == 32
+    assert brain.HELD_OUT_PROMPTS == 64
 
 
 # ------------------------------------------------------------------------------------------
@@ -2143,6 +2165,24 @@ def test_a_run_killed_again_while_it_resumes(count, small_toy, monkeypatch, tmp_
             brain.main([*argv, "--resume"])
     assert brain.main([*argv, "--resume"]) == 0
     same_files(timeless(tmp_path / "run"), timeless(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("count", [2, 4, 7])
+def test_a_run_killed_amid_prompts_that_were_sampled_together(count, small_toy, monkeypatch, tmp_path):
+    """Groups of 3 prompts, the last one smaller; killed within the first, between two, and in the second round. Wrong: a prompt twice,
+    one left out, or other groups than before, whose rounding differs."""
+    together = [*SHORT, "--prompts-per-iteration", "5", "--outputs-per-forward", "10"]
+    assert brain.main([*together, "--output-dir", tmp_path / "whole"]) == 0
+    with monkeypatch.context() as patch:
+        killed_at(patch, brain.Run, "keep", count)
+        with pytest.raises(Killed):
+            brain.main([*together, "--output-dir", tmp_path / "run"])
+    seen, real = [], brain.collect
+    monkeypatch.setattr(brain, "collect", lambda *arguments: (seen.append(arguments[3:6:2]), real(*arguments))[1])
+    assert brain.main([*together, "--output-dir", tmp_path / "run", "--resume"]) == 0
+    same_files(timeless(tmp_path / "run"), timeless(tmp_path / "whole"))
+    sizes = {t: [len(rows) for round_of, rows in seen if round_of == t] for t in (1, 2)}
+    assert sizes == {1: {2: [3, 2], 4: [2], 7: []}[count], 2: [3, 2]}
 
 
 def test_resume_in_a_finished_run_changes_nothing(small_toy, tmp_path, capsys):
@@ -3582,6 +3622,9 @@ def test_the_plan_counts_what_will_be_there(six_billion, capsys, tmp_path):
     assert f"adapter of rank 16: {adapter:,} weights" in lora and f"{weights:,} weights in float64" in lora and f"{reward:,} weights in float64" in lora
     assert "cache of 6 outputs, 500 + 100 tokens each" in lora
     assert "4 rounds of 1,000 prompts x 6 outputs = 24,000 samples; 4 x 1,000 updates of 8 prompts" in lora
+    for bound, rows in ((4, 4), (6, 6), (11, 6), (20, 18)):  # 20 are three prompts sampled together
+        told = plan_of(six_billion, capsys, tmp_path, "--samples-per-prompt", "6", "--outputs-per-forward", f"{bound}")
+        assert f"cache of {rows} outputs, 500 + 50 tokens each" in told
     whole = plan_of(six_billion, capsys, tmp_path, *"--dtype float32 --lora-rank 0 --reward-function f.py:f --outputs-per-forward 8".split())
     sizes = [4 * weights, 16 * weights, 4 * cache * 8 * 550]
     assert list(planned(whole).values()) == [round(x / 1e9, 3) for x in [*sizes, sum(sizes)]] and "cache of 8 outputs" in whole
@@ -3839,7 +3882,7 @@ def test_the_default_run_writes_a_new_directory(toy_run):
     world = toy_world.Toy()
     distance = toy_world.kl(world.log_posterior, world.world.log_probs(policy)).mean()
     assert distance == pytest.approx(table(process.stdout)[LINES[0]][1], abs=2e-3)  # model/ is what was reported
-    assert len(json_lines(run / "test_outputs.jsonl")) == 500  # --eval-prompts of 512
+    assert len(json_lines(run / "test_outputs.jsonl")) == 250  # --eval-prompts of 512
 
 
 def flags_of(text):
@@ -4004,9 +4047,30 @@ def test_modules_of_the_readme(module):
     assert found.returncode == 0 and "usage" in found.stdout and module in found.stdout
 
 
+def test_ones_own_model_reward_and_data_by_the_readmes_command(mine, tmp_path):
+    """The README's line under its `torchrun`, as they stand, with directories for MODEL, REWARD_MODEL and DATA, and SMALL. Wrong: a flag renamed, a
+    torchrun that ends, speaks twice or writes twice."""
+    told = {" ".join(words[:2]): words for words in readme_commands() if words[-1] == "DATA"}
+    words = told["python brain.py"][2:]
+    scorer = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**LLAMA, vocab_size=10, num_labels=1, pad_token_id=0))
+    loud(scorer, 8, 0.3).save_pretrained(tmp_path / "reward")
+    transformers.AutoTokenizer.from_pretrained(mine / "model").save_pretrained(tmp_path / "reward")
+    places = {"MODEL": mine / "model", "REWARD_MODEL": tmp_path / "reward", "DATA": mine / "data.jsonl"}
+    arguments = [places.get(word, word) for word in words] + [*SMALL, "--max-new-tokens", "5", "--eval-prompts", "6", "--output-dir", tmp_path / "run"]
+    (line,) = [words for words in readme_commands() if words[0] == "torchrun"]
+    assert line[:2] == ["torchrun", "--nproc-per-node"] and line[3:] == ["brain.py", "..."]
+    launcher = ["torch.distributed.run", "--nproc-per-node", "2", HERE / "brain.py"]
+    process = command([*launcher, *arguments], tmp_path, tmp_path / "hf", "-m")
+    assert process.returncode == 0, process.stderr
+    assert len(re.findall("^run: ", process.stdout, re.M)) == 1 and process.stdout.count("  test  ") == 1
+    metrics = json_lines(tmp_path / "run/metrics.jsonl")
+    assert [(line["step"], line.get("split")) for line in metrics] == [(0, "validation"), (1, None), (2, None), (2, "validation"), (2, "test")]
+    assert len(json_lines(tmp_path / "run/samples.jsonl")) == 4 * 5 and len(json_lines(tmp_path / "run/test_outputs.jsonl")) == 6
+
+
 def test_the_toy_table_of_the_readme(toy_run):
     """The printed table. Prior and posterior are exact, so to the printed digits; the policy is trained in float32, whose last bits differ
-    between machines and numbers of threads and, over 300 updates, decide some draws: within what seeds differ by. Wrong: an old table."""
+    between machines and numbers of threads and, over 150 updates, decide some draws: within what seeds differ by. Wrong: an old table."""
     found, printed = table(toy_run[0].stdout), table(README)
     assert printed.keys() == set(LINES)
     for row, width in zip(LINES, (0.03, 0.15, 0.15, 2)):
