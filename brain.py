@@ -669,7 +669,7 @@ def collect(policy, reward, data, t, settings, rows):
     """Lines 6 to 10 for each prompt x: draw its outputs, cache log q', log p, r and alpha_hat. -> list of Samples"""
     method, n, examples = METHODS[settings.method], settings.samples_per_prompt, [data[row] for row in rows]
     generators = [seeded(settings.seed, OUTPUTS, t, row) for row in rows]
-    fixed = method.source != "policy"  # q' = p, as the methods other than BRAIn have it
+    fixed = method.source != "policy" or t == 1  # q' = p: line 1 for BRAIn, and throughout for the others
     if method.source == "data":
         drawn = [example.pair for example in examples]
     else:

@@ -679,9 +679,9 @@ def test_prompts_sampled_together_are_prompts_sampled_alone(method, monkeypatch)
     assert brain.together([3, 1, 6, 0, 2], s) == [[3, 1], [6, 0], [2]]
     for bound in (None, 1, n, 2 * n - 1):
         assert brain.together([3, 1], dataclasses.replace(s, outputs_per_forward=bound)) == [[3], [1]]
-    alone = [brain.collect(policy, taste, data, 1, s, [row])[0] for row in range(7)]
+    alone = [brain.collect(policy, taste, data, 2, s, [row])[0] for row in range(7)]
     monkeypatch.setattr(brain.Policy, "sample_batch", lambda self, prompts, *more: (seen.append(len(prompts)), real(self, prompts, *more))[1])
-    found = [samples for rows in brain.together(list(range(7)), s) for samples in brain.collect(policy, taste, data, 1, s, rows)]
+    found = [samples for rows in brain.together(list(range(7)), s) for samples in brain.collect(policy, taste, data, 2, s, rows)]
     assert seen == ([] if method == "dpo" else [2, 2, 2, 1])
     for one, other in zip(alone, found, strict=True):
         assert (one.row, one.iteration, one.texts) == (other.row, other.iteration, other.texts)
