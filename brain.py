@@ -476,7 +476,7 @@ class Policy:
 
         Each ends with its end-of-sequence token, or is cut after max_new_tokens. Line 6 of Algorithm 1:
         sampling from the present q_theta *is* the proposal update of line 21, no copy of q' is kept.
-        generator: a CPU torch.Generator; the same one gives the same outputs, in whatever batches.
+        generator: a CPU torch.Generator; the same one gives the same outputs in whatever batches, but for rounding.
         """
         return self.sample_batch([prompt_ids], n, max_new_tokens, prior, [generator], greedy)[0][0]
 
