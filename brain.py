@@ -659,7 +659,7 @@ def train(policy, reward, data, settings, run):
 def together(rows, settings):
     """Rows in groups that are sampled for at once: several prompts where --outputs-per-forward has room for n outputs of each.
 
-    Where a model is small for its machine, a step takes hardly longer for many rows than for few.
+    Where a model is small for its machine, a step takes much less time for each row if there are many.
     """
     size = max(1, (settings.outputs_per_forward or 1) // settings.samples_per_prompt)
     return [rows[i : i + size] for i in range(0, len(rows), size)]
