@@ -1,29 +1,25 @@
-"""Which of two runs answers better? By their rewards, and by a language model that reads both.
+"""Which of two runs of brain.py answers better: by their rewards, and by a language model that reads both
+answers.
 
     python -m toy.judge RUN_A RUN_B      win, tie and loss of RUN_A by reward
     python -m toy.judge RUN gold         the same against the gold answers
     python -m toy.judge RUN_A RUN_B --model NAME --url http://localhost:8000/v1 --task summary --limit 500
 
-A run is an output directory of brain.py; its test_outputs.jsonl is read. The policy was trained on the
-reward, so it can win by it without being better: the paper therefore also asks Mixtral-8x7B against the
-gold answers (Table 1, "LLM eval") and GPT-4 about run against run, on 500 examples (Table 2). Here the
-judge is any model behind an OpenAI-compatible endpoint: vLLM, llama.cpp, `transformers serve`, a hosted
-one. The key is taken from the environment variable OPENAI_API_KEY and sent to --url, nowhere else.
+A run is an output directory of brain.py; its test_outputs.jsonl is read. A policy can win by the reward that
+it was trained on without being better. So the paper also asks Mixtral-8x7B (Table 1) and GPT-4 (Table 2).
+Here the judge is any model behind an OpenAI-compatible endpoint. The environment variable OPENAI_API_KEY is
+sent to --url alone.
 
-Each verdict is saved as soon as it is there, in RUN_A/judge-*.jsonl (the name is printed). After an
-interruption the same command goes on where it stopped. What could change a verdict (the texts, judge,
-instruction, seed, length of a reply) is part of the file's name, so verdicts of two kinds never mix.
-
-Where the paper leaves a choice, or this file departs from it:
-1. The instructions ask for what appendix B.3 asks for, in other words. Numbers can be compared with the
-   paper's tables only under the paper's wording: put it into a file and pass --prompt FILE.
-2. Which answer is called A is drawn per example, with the seed: judges favour a place, and a fixed order
-   would give that favour to one run.
-3. The last verdict in a reply counts: judges repeat the instruction, or change their mind on the way.
-4. Replies without a verdict, and questions without a reply, are counted, shown, and left out of N. Both are
-   saved like verdicts; remove such a line to have it asked again.
-5. Besides win, tie and loss stands the win-rate with a tie as half a win (the paper: strictly higher).
-6. White space around an answer is not shown to the judge: it can betray who wrote it.
+Each verdict is saved at once, in RUN_A/judge-*.jsonl. The same command continues after an interruption. The
+file's name depends on all that could change a verdict, so verdicts of two kinds never mix. Departures from
+the paper:
+1. The instructions ask for what appendix B.3 asks for, in other words. Give the paper's wording with --prompt
+FILE.
+2. The seed decides for each example which answer is called A, because judges favour a place.
+3. The last verdict in a reply counts, because judges repeat the instruction.
+4. Replies without a verdict, and questions without a reply, are counted and left out of N.
+5. The win-rate counts a tie as half a win.
+6. White space around an answer is not shown to the judge.
 """
 
 import argparse
@@ -38,45 +34,27 @@ from collections import defaultdict, deque
 from pathlib import Path
 from time import sleep
 
+INSTRUCTION = """\
+Two assistants, A and B, have each written %s. Be a neutral referee and say which one is better%s.
+
+- First hold each of the two against the %s and against the other one.
+- Neither the place of an answer nor its length may tip the scales.
+- Give your reasons, and only then decide. Close with exactly one of these marks: [[A]] when A is better,
+  [[B]] when B is better, [[C]] when they are equally good.
+
+=== %s ===
+{{Conversation}}
+
+=== A ===
+{{AssistantA}}
+
+=== B ===
+{{AssistantB}}
+"""
+TALK = "conversation", "Conversation"
 INSTRUCTIONS = {
-    "dialogue": """\
-Two assistants, A and B, have each written the next reply of the conversation below. Be a neutral referee
-and say which reply serves the person better: is it right, and does it help with what was asked?
-
-- Only these two replies are on trial. Earlier turns are context, whoever wrote them.
-- First hold each reply against the conversation and against the other one. Where one is wrong, say what
-  would be right.
-- Neither the place of a reply, nor its length, nor the name of its writer may tip the scales.
-- Give your reasons, and only then decide. Close with exactly one of these marks: [[A]] when A is better,
-  [[B]] when B is better, [[C]] when they are equally good.
-
-=== Conversation ===
-{{Conversation}}
-
-=== Reply of A ===
-{{AssistantA}}
-
-=== Reply of B ===
-{{AssistantB}}
-""",
-    "summary": """\
-Two assistants, A and B, have each written a short summary (a "tl;dr") of the post below. Be a neutral
-referee and say which summary is better.
-
-- First hold each summary against the post and against the other one.
-- A summary gains or loses nothing by being long or short.
-- Give your reasons, and only then decide. Close with exactly one of these marks: [[A]] when A is better,
-  [[B]] when B is better, [[C]] when they are equally good.
-
-=== Post ===
-{{Conversation}}
-
-=== Summary of A ===
-{{AssistantA}}
-
-=== Summary of B ===
-{{AssistantB}}
-""",
+    "dialogue": INSTRUCTION % ("the next reply of the conversation below", " for the user", *TALK),
+    "summary": INSTRUCTION % ('a short summary (a "tl;dr") of the post below', "", "post", "Post"),
 }
 PLACES = ("Conversation", "AssistantA", "AssistantB")
 RETRIES = 5  # after pauses of 1, 2, 4, 8, 16 seconds, or of what the server asks for (a minute at most)
@@ -121,20 +99,17 @@ def read_run(name, gold):
     """[(place, prompt, output, reward)] of NAME/test_outputs.jsonl; with `gold`, of its gold answers."""
     path = Path(name, "test_outputs.jsonl")
     if not path.is_file():
-        stop(f"{path}: no such file; give the output directory of a finished run of brain.py, or the word gold")
+        stop(f"{path}: no such file; give the output directory of a finished run, or the word gold")
     answer, reward = ("gold", "gold_reward") if gold else ("output", "reward")
     rows = []
     for place, row in json_lines(path, path.read_bytes()):
         is_number = type(row.get(reward)) in (int, float) and abs(row[reward]) < math.inf
-        right = {"prompt": is_prompt(row.get("prompt")), answer: type(row.get(answer)) is str, reward: is_number}
-        for key in right:
-            if not right[key]:
-                mend = "compare two runs instead" if gold else "evaluate that run again"
-                stop(f"{place}: {key!r} is missing or not of its kind; {mend}")
+        is_text = type(row.get(answer)) is str
+        right = {"prompt": is_prompt(row.get("prompt")), answer: is_text, reward: is_number}
+        for key in (key for key in right if not right[key]):
+            stop(f"{place}: {key!r} is missing or not of its kind; evaluate that run again")
         rows.append((place, row["prompt"], row[answer], row[reward]))
-    if not rows:
-        stop(f"{path}: holds no examples; evaluate that run first")
-    return rows
+    return rows or stop(f"{path}: holds no examples; evaluate that run first")
 
 
 def pair_up(rows_a, rows_b):
@@ -148,8 +123,7 @@ def pair_up(rows_a, rows_b):
         pairs.append((row, same.popleft())) if same else alone.append(row)
     alone += [row for rest in waiting.values() for row in rest]
     if alone:
-        stop(f"{alone[0][0]}: the other run lacks this prompt, or has it less often ({len(alone)} such lines); "
-             "evaluate both on the same prompts: --dataset, --eval-prompts, --seed")
+        stop(f"{alone[0][0]}: the other run lacks this prompt; evaluate both on the same prompts")
     return pairs
 
 
@@ -168,7 +142,8 @@ def report(judge, winners):
     score = {"RUN_A": 1.0, "tie": 0.5, "RUN_B": 0.0}
     win, tie, loss = (interval([winner == name for winner in winners]) for name in score)
     half = interval([score[winner] for winner in winners])
-    return f"by {judge}: win {win}, tie {tie}, loss {loss}, win-rate with ties as half {half}, N {len(winners)}"
+    counts = f"win {win}, tie {tie}, loss {loss}, win-rate with ties as half {half}"
+    return f"by {judge}: {counts}, N {len(winners)}"
 
 
 def better(reward_a, reward_b):
@@ -194,7 +169,7 @@ def make_client(url, timeout):
     from huggingface_hub import InferenceClient, constants
 
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not (key.isascii() and key.isprintable()):  # the error that the client raises for it would show the key
+    if not (key.isascii() and key.isprintable()):  # the client's error would show the key
         stop("OPENAI_API_KEY holds characters that no header can carry; set it again")
     constants.HF_HUB_OFFLINE = False  # meant for the hub, which is not asked; it would keep us from --url too
     # Without any key the client would send this machine's Hugging Face token to whatever --url is.
@@ -210,7 +185,8 @@ def ask(client, key, text, args):
     messages = [{"role": "user", "content": text}]
     for attempt in range(RETRIES + 1):
         try:
-            answer = client.chat_completion(messages, model=args.model, max_tokens=args.max_tokens, temperature=0)
+            settings = dict(model=args.model, max_tokens=args.max_tokens, temperature=0)
+            answer = client.chat_completion(messages, **settings)
             return hide(str(answer.choices[0].message.content or "")), None
         except Exception as error:  # whatever a server can do: refuse, hang, die, send no JSON or no reply
             response = getattr(error, "response", None)
@@ -230,12 +206,12 @@ def ask(client, key, text, args):
 
 
 # ------------------------------------------------------------------ all questions, saved as they are answered
-def verdict_file(args, template, pairs):
+def verdict_file(args, pairs):
     """RUN_A/judge-<other run>-<digest>.jsonl: a file of its own for each set of texts, judge and settings."""
     home, other = (args.run_b, "gold") if args.run_a == "gold" else (args.run_a, args.run_b)
     other = Path(other).resolve().name
     texts = [[prompt, output_a, output_b] for (_, prompt, output_a, _), (_, _, output_b, _) in pairs]
-    decisive = json.dumps([args.model, template, args.seed, args.max_tokens, texts])
+    decisive = json.dumps([args.model, args.template, args.seed, args.max_tokens, texts])
     return Path(home, f"judge-{other}-{hashlib.sha256(decisive.encode()).hexdigest()[:12]}.jsonl")
 
 
@@ -255,7 +231,7 @@ def read_verdicts(path):
     return records
 
 
-def judge(args, template, pairs, path):
+def judge(args, pairs, path):
     """Ask about each pair that is not in the file yet. -> ({index: record}, number still without a reply)"""
     from tqdm import tqdm
 
@@ -268,11 +244,11 @@ def judge(args, template, pairs, path):
         (_, prompt, output_a, _), (_, _, output_b, _) = pairs[i]
         sides = [("RUN_A", output_a), ("RUN_B", output_b)]
         (run_a, answer_a), (run_b, answer_b) = sides[::-1] if swaps[i] else sides  # as the judge sees them
-        reply, error = ask(client, key, question(template, prompt, answer_a, answer_b), args)
+        reply, error = ask(client, key, question(args.template, prompt, answer_a, answer_b), args)
         verdict = read_verdict(reply or "")
         winner = {"A": run_a, "B": run_b, "C": "tie"}.get(verdict)
-        lost.append({"index": i, "called_A": run_a, "verdict": verdict, "winner": winner,
-                     "reply": reply, "error": error})
+        record = {"index": i, "called_A": run_a, "verdict": verdict, "winner": winner}
+        lost.append(record | {"reply": reply, "error": error})
         if error is None:  # the server is well: a question just before that got no reply is itself at fault
             with path.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in lost)
@@ -282,15 +258,15 @@ def judge(args, template, pairs, path):
             break
     if len(lost) == GIVE_UP or not done:
         stop(f"{args.url}: no reply to {len(lost)} questions in a row; {lost[-1]['error']}\n"
-             "judge: see to the server, or to --url and --model; the same command goes on where this one stopped")
+             "judge: see to the server, --url or --model; the same command goes on where this one stopped")
     return done, len(lost)
 
 
 # ------------------------------------------------------------------ the command line
 def arguments(argv):
-    parser = argparse.ArgumentParser("python -m toy.judge", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: stop(f"{message} (all settings: python -m toy.judge --help)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m toy.judge", description=__doc__, formatter_class=raw)
+    parser.error = lambda message: stop(f"{message}; see --help")
     add = parser.add_argument
     add("run_a", metavar="RUN_A", help="output directory of a run, or the word gold")
     add("run_b", metavar="RUN_B", help="output directory of a run, or the word gold")
@@ -298,7 +274,7 @@ def arguments(argv):
     add("--model", help="the judge's name at the endpoint; without it, rewards alone are compared")
     add("--url", help="an OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     add("--task", choices=INSTRUCTIONS, default="dialogue", help="which instruction (default: dialogue)")
-    add("--prompt", metavar="FILE", help="another: text with {{Conversation}}, {{AssistantA}}, {{AssistantB}}")
+    add("--prompt", metavar="FILE", help="another one, which holds {{Conversation}} and so on")
     add("--seed", type=int, default=0, help="draws which answer is called A (default: 0)")
     add("--max-tokens", type=int, default=1024, help="longest reply of the judge (default: 1024)")
     add("--timeout", type=int, default=120, help="seconds to wait for a reply (default: 120)")
@@ -309,51 +285,49 @@ def arguments(argv):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     if args.model is None and (args.url or args.prompt):
-        stop(f"{'--url' if args.url else '--prompt'} is for a judge; add --model NAME, or leave it out")
+        stop("--url and --prompt are for a judge; add --model NAME, or leave them out")
     if args.model is not None and not (args.url or "").startswith(("http://", "https://")):
         stop("--model needs --url, an address such as http://localhost:8000/v1")
-    return args
-
-
-def instruction(args):
-    """The user's template, or the one of the task."""
-    if args.prompt is None:
-        return INSTRUCTIONS[args.task]
-    try:
-        template = Path(args.prompt).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        stop(f"--prompt {args.prompt}: cannot be read ({error}); give a text file")
+    args.template = INSTRUCTIONS[args.task]
+    if args.prompt is not None:
+        args.template = Path(args.prompt).read_text(encoding="utf-8")
     for name in PLACES:
-        if f"{{{{{name}}}}}" not in template:
+        if f"{{{{{name}}}}}" not in args.template:
             stop(f"--prompt {args.prompt}: lacks {{{{{name}}}}}; put it where that text belongs")
-    return template
+    return args
 
 
 def compare(args):
     """Both runs by reward, then by the judge."""
-    template = instruction(args)
     sides = (args.run_a, args.run_b), (args.run_b, args.run_a)
     pairs = pair_up(*[read_run(other if run == "gold" else run, run == "gold") for run, other in sides])
     few = pairs[: args.limit]
-    print(f"RUN_A {args.run_a}, RUN_B {args.run_b}: {len(few)} of {len(pairs)} examples; per cent ± 95%")
-    print(report("reward", [better(reward_a, reward_b) for (*_, reward_a), (*_, reward_b) in few]))
-    if args.model is None:
-        return
-    done, again = judge(args, template, pairs, verdict_file(args, template, pairs))
-    records = [done[i] for i in sorted(done) if i < len(few)]
-    print(report(args.model, [record["winner"] for record in records if record["winner"]]))
-    failed = sum(record["error"] is not None for record in records)
-    unparsable = sum(record["winner"] is None for record in records) - failed
-    print(f"not in N: {unparsable} unparsable (a reply without a verdict), {failed + again} without a reply"
-          + f" (the same command asks {again} of them again)" * (again > 0))
-    print(f"instruction: {args.prompt or args.task + ', in our own words'}")
-    print("note: only the paper's wording (appendix B.3, with --prompt FILE) compares with the paper's tables")
+    print(f"This compares {len(few)} of {len(pairs)} answers of {args.run_a} (A) and {args.run_b} (B).")
+    by_reward = [better(a[-1], b[-1]) for a, b in few]
+    print(report("reward", by_reward))
+    winners = {"reward": by_reward}
+    if args.model is not None:
+        done, again = judge(args, pairs, verdict_file(args, pairs))
+        records = [done[i] for i in sorted(done) if i < len(few)]
+        winners[args.model] = [record["winner"] for record in records if record["winner"]]
+        print(report(args.model, winners[args.model]))
+        failed = sum(record["error"] is not None for record in records)
+        unparsable = sum(record["winner"] is None for record in records) - failed
+        print(f"not in N: {unparsable} unparsable replies, {failed + again} without a reply"
+              + f" (the same command asks {again} of them again)" * (again > 0))  # fmt: skip
+        print("Only the paper's wording (appendix B.3, with --prompt FILE) compares with the paper's tables.")
+    for judge_name, names in winners.items():
+        ahead, behind = names.count("RUN_A"), names.count("RUN_B")
+        # Of the examples that are not ties, the share of A's wins: a sign test at two standard deviations.
+        sure = abs(ahead - behind) > 1.96 * math.sqrt(ahead + behind)
+        told = "neither surely wins" if not sure else f"{args.run_a if ahead > behind else args.run_b} wins"
+        print(f"By {judge_name}, {told}: {ahead} wins against {behind}.")
 
 
 def main(argv=None):
     try:
         compare(arguments(argv))
-    except OSError as error:  # a file or directory that may not be read or written
+    except (OSError, UnicodeDecodeError) as error:  # a file or directory that cannot be read or written
         stop(error)
     except KeyboardInterrupt:
         print("judge: interrupted; the same command goes on where this one stopped", file=sys.stderr)

@@ -1,27 +1,25 @@
-"""Every method of the paper's tables in worlds whose posterior is known: who reaches it, and who runs past it.
+"""Every method of the paper's tables, in worlds whose posterior is known: which one is nearest to it?
 
-    python -m toy.methods              tables, a verdict on each of the paper's orderings, two pictures
-    python -m toy.methods --quick      the same in a tiny world, to see that it runs; its numbers mean nothing
+    python -m toy.methods --figures DIR    tables, a verdict on each ordering of the paper, a picture
+    python -m toy.methods --quick          the same in a tiny world, to see that it runs
 
-At toy scale: Tables 1 and 3, Figure 2 (n = 2 to 32 outputs per prompt), section 9.3 (no baseline) and 9.5 (fixed
-proposal), for a mild and a sharp reward. All runs go through `brain.train`; all numbers but the counts of samples
-are sums over every output, not estimates; 95% intervals over seeds are Student's t.
+At toy scale these are Tables 1 and 3, Figure 2 (n = 2 to 32 outputs per prompt), section 9.3 (no baseline)
+and 9.5 (fixed proposal), for a mild and a sharp reward. All runs go through `brain.train`. All numbers but
+the counts of samples are sums over every output. Intervals are Student's t at 95% over seeds.
 
-    equal      prompts sampled for, updates and prompts per update; n outputs per prompt. How many outputs were
-               drawn for that is printed: RSO draws 4n to keep n. DPO has one human pair per prompt where the
-               others have n outputs, as in the paper: two draws of the prior, labelled by Bradley-Terry.
+    equal      for all methods: prompts sampled for, updates, prompts per update, n outputs per prompt. RSO
+               draws 4n to keep n, and DPO has one human pair per prompt, as in the paper: two draws of the
+               prior, labelled by Bradley-Terry.
     a seed     changes everything: prompts, rewards, prior, human pairs, and all that is drawn in training
     rate       of each method and reward: among three, the one with the highest win-rate on seeds that are not
-               reported, at the largest n and kept for the others. The paper selects its models by win-rate too,
-               and it needs no answer key.
+               reported. The paper selects its models by win-rate, too, and it needs no answer key.
 
-What to see: the win-rate alone misleads. The exact posterior does not win most: methods that put all weight on the
-better output of a pair have no reason to stop there. KL(posterior || policy) tells who does.
+A win-rate does not say which method is near the posterior. KL(posterior || policy) does.
 """
 
 import argparse
+import functools
 import multiprocessing
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ PAPER = {  # method: (where, Train RM win-rates of AnthropicHH and TL;DR as prin
 }
 LABELS = "win-rate against the prior, %", "KL(posterior || policy), nats"  # of the pictures' axes
 SWEPT = ("brain", "dpo-sft")  # Figure 2
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # number of seeds: 97.5% point
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by seeds
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ class Plan:
 
 FULL = Plan()
 QUICK = Plan(
-    letters=3, length=2, prompts=4, iterations=2, prompts_per_iteration=4, updates_per_iteration=2, batch_size=2,
-    sizes=(2, 8), rates=(1e-3, 3e-3), seeds=(0, 1), search_seeds=(100,),
+    letters=3, length=2, prompts=4, iterations=2, prompts_per_iteration=4, updates_per_iteration=2,
+    batch_size=2, sizes=(2, 8), rates=(1e-3, 3e-3), seeds=(0, 1), search_seeds=(100,),
 )  # fmt: skip
 
 
@@ -89,24 +87,28 @@ class Job(NamedTuple):
 
 # --------------------------------------------------------------------------------- one run
 class InMemory:
-    """What `brain.train` asks of a run, with nothing written: D_t lives in its buffer, evaluation comes after it."""
+    """What `brain.train` asks of a run, with nothing written to disk."""
 
-    rank, processes = 0, 1
+    def __init__(self, settings):
+        self.k = settings.updates_per_iteration
 
-    def restore(self, policy, optimizer, data):
-        return 0, []
+    def start(self, policy, optimizer):
+        pass
 
-    def shared_out(self, items, function, label):
-        return map(function, items)
+    def collect(self, t, rows, draw):
+        return [draw(row) for row in rows]
 
-    def progress(self, steps, label):
-        return steps
+    def steps(self, t):
+        return range((t - 1) * self.k + 1, t * self.k + 1)
 
-    def gather(self, mine):
-        return mine
+    def share_of(self, batch):
+        return batch
 
-    def __getattr__(self, name):  # lines, checkpoints, warnings, evaluations on the way: left out
-        return lambda *arguments: None
+    def combine(self, policy, lines):
+        return {}
+
+    def after_update(self, policy, optimizer, step, metrics):
+        pass
 
 
 def numbers(toy, log):
@@ -126,12 +128,14 @@ def train_once(plan, job):
 
     torch.set_num_threads(1)  # tensors are tiny, and sums in another order are other numbers
     transformers.utils.logging.set_verbosity_error()
-    toy = Toy(job.seed, letters=plan.letters, length=plan.length, prompts=plan.prompts, spread=REWARDS[job.reward])
+    size = dict(letters=plan.letters, length=plan.length, prompts=plan.prompts)
+    toy = Toy(job.seed, spread=REWARDS[job.reward], **size)
     if job.method in ("prior", "posterior"):
         return numbers(toy, toy.log_p if job.method == "prior" else toy.log_posterior), 0
     names = ("iterations", "prompts_per_iteration", "updates_per_iteration", "batch_size")
-    typed = {name: getattr(plan, name) for name in names} | {"max_new_tokens": plan.length, "max_prompt_tokens": 2}
-    typed |= {"method": job.method, "learning_rate": job.rate, "seed": job.seed}
+    typed = {name: getattr(plan, name) for name in names}
+    typed |= {"max_new_tokens": plan.length, "max_prompt_tokens": 2}
+    typed |= {"method": job.method, "learning_rate": job.rate, "seed": job.seed, "goodness": "bradley-terry"}
     typed |= {"samples_per_prompt": 2 if job.method == "dpo" else job.n}  # a pair is what the data has
     settings = brain.parse([word for name, value in typed.items() for word in (brain.flag(name), str(value))])
     # As many rows as a run samples for in all: DPO's human pairs need not come twice.
@@ -144,24 +148,18 @@ def train_once(plan, job):
         drawn += len(texts)  # every candidate is scored, RSO's 4n too, before any is rejected
         return torch.tensor(toy.world.reward_of([prompt] * len(texts), texts))
 
-    brain.train(policy, reward, data, settings, InMemory())
+    brain.train(policy, reward, data, settings, InMemory(settings))
     found = numbers(toy, toy.world.log_probs(policy.model))
     assert np.isfinite(found).all(), f"{job} diverged"
     return found, drawn
 
 
-def work(arguments):
-    return train_once(*arguments)
-
-
 # --------------------------------------------------------------------------------- all runs
-def run_all(plan, jobs, pool, label):
+def run_all(plan, jobs, pool):
     """{job: (NUMBERS, drawn)}, in whatever processes: a run depends on its job alone."""
     jobs, results = list(dict.fromkeys(jobs)), {}
-    for job, result in zip(jobs, pool.imap(work, [(plan, job) for job in jobs])):
+    for job, result in zip(jobs, pool.imap(functools.partial(train_once, plan), jobs)):
         results[job] = result
-        if sys.stderr.isatty():
-            print(f"\r{label}: {len(results)} of {len(jobs)} runs", end="", file=sys.stderr)
     return results
 
 
@@ -170,17 +168,18 @@ def choose_rates(plan, pool):
     n = plan.sizes[-1]
     grid = [(reward, method, rate) for reward in REWARDS for method in PAPER for rate in plan.rates]
     jobs = {g: [Job(*g[:2], n, g[2], seed) for seed in plan.search_seeds] for g in grid}
-    found = run_all(plan, [job for some in jobs.values() for job in some], pool, "learning rates")
+    found = run_all(plan, [job for some in jobs.values() for job in some], pool)
     means = {g: np.mean([found[job][0] for job in some], 0) for g, some in jobs.items()}
     seeds = ", ".join(map(str, plan.search_seeds))
-    print("Learning rates: for each method and reward the one (*) with the highest win-rate, mean over seeds that are")
-    print(f"not reported below ({seeds}). Cells: win-rate (KL(posterior || it), which is not looked at)")
+    print("Learning rates: of each method and reward the one (*) with the highest win-rate, on seeds not")
+    print(f"reported below ({seeds}). Cells: win-rate (KL(posterior || it), which is not looked at)")
     print(f"{'':25}" + "".join(f"{rate:>18g}" for rate in plan.rates))
     chosen = {}
     for reward, method in dict.fromkeys(g[:2] for g in grid):
         row = {rate: means[reward, method, rate] for rate in plan.rates}
         best = chosen[reward, method] = max(row, key=lambda rate: row[rate][WIN])
-        cells = [f"{x[WIN]:.1f} ({x[KL_POSTERIOR]:.2f}) {'*' if rate == best else ' '}" for rate, x in row.items()]
+        told = {rate: f"{x[WIN]:.1f} ({x[KL_POSTERIOR]:.2f})" for rate, x in row.items()}
+        cells = [f"{cell} {'*' if rate == best else ' '}" for rate, cell in told.items()]
         print(f"{reward:7}{method:18}" + "".join(f"{cell:>18}" for cell in cells))
     return chosen
 
@@ -191,14 +190,14 @@ def measure(plan, rates, pool):
     wanted = [(reward, method, n) for reward in REWARDS for method in ("prior", *PAPER, "posterior")]
     wanted += [(reward, method, size) for reward in REWARDS for method in SWEPT for size in plan.sizes]
     jobs = {w: [Job(*w, rates.get(w[:2], 0.0), seed) for seed in plan.seeds] for w in wanted}
-    found = run_all(plan, [job for some in jobs.values() for job in some], pool, "runs")
+    found = run_all(plan, [job for some in jobs.values() for job in some], pool)
     drawn = {w[1:]: found[some[0]][1] for w, some in jobs.items()}
     return {w: np.array([found[job][0] for job in some]) for w, some in jobs.items()}, drawn
 
 
 # --------------------------------------------------------------------------------- what is printed
 def interval(values):
-    """(mean, half-width of the 95% interval) over seeds, (S,) or (S, ...): Student's t, S - 1 degrees of freedom."""
+    """(mean, half-width of the 95% interval) over seeds, (S,) or (S, ...): Student's t."""
     values = np.asarray(values)
     return values.mean(0), STUDENT[len(values)] * values.std(0, ddof=1) / np.sqrt(len(values))
 
@@ -207,29 +206,34 @@ def print_tables(plan, results, drawn):
     n = plan.sizes[-1]
     for reward, spread in REWARDS.items():
         print(f"\n{reward} reward (standard deviation {spread} under the prior), n = {n}, ", end="")
-        print(f"{plan.updates} updates of {plan.batch_size} prompts, mean ± 95% interval over {len(plan.seeds)} seeds")
-        print(f"{'':18}" + "".join(f"{name:>21}" for name in NUMBERS) + f"{'drawn':>8}   paper: HH  TL;DR  where")
+        print(f"{plan.updates} updates of {plan.batch_size} prompts, mean ± 95% over {len(plan.seeds)} seeds")
+        columns = "".join(f"{name:>21}" for name in NUMBERS)
+        print(f"{'':18}{columns}{'drawn':>8}   paper: HH  TL;DR  where")
         for method in ("prior", *PAPER, "posterior"):
             cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(*interval(results[reward, method, n]))]
             where, hh, tldr = PAPER.get(method, ("", "", ""))
             line = f"{method:18}" + "".join(f"{cell:>21}" for cell in cells)
             print(f"{line}{drawn[method, n]:>8}{hh:>12}{tldr:>7}  {where}".rstrip())
     ends = " and ".join(f"{method} {PAPER[method][1]}" for method in SWEPT)
-    print(f"\nFigure 2 (paper, AnthropicHH, at n = 32, the others are in its picture alone: {ends})")
-    print(f"{'':7}{'n':>3}" + "".join(f"{m + ': ' + NUMBERS[i]:>30}" for m in SWEPT for i in (WIN, KL_POSTERIOR)))
+    print(f"\nFigure 2 (the paper prints AnthropicHH at n = 32 alone: {ends})")
+    columns = [(method, i) for method in SWEPT for i in (WIN, KL_POSTERIOR)]
+    print(f"{'':7}{'n':>3}" + "".join(f"{method + ': ' + NUMBERS[i]:>30}" for method, i in columns))
     for reward in REWARDS:
         for size in plan.sizes:
-            cells = [interval(results[reward, method, size][:, i]) for method in SWEPT for i in (WIN, KL_POSTERIOR)]
-            print(f"{reward:7}{size:>3}" + "".join(f"{f'{mean:.2f} ± {half:.2f}':>30}" for mean, half in cells))
+            cells = [interval(results[reward, method, size][:, i]) for method, i in columns]
+            told = [f"{mean:.2f} ± {half:.2f}" for mean, half in cells]
+            print(f"{reward:7}{size:>3}" + "".join(f"{cell:>30}" for cell in told))
 
 
 # --------------------------------------------------------------------------------- the paper's orderings
 def orderings(plan):
-    """(where, (method, n) of A, of B, the paper's figures, whether B wins more often in the paper) of each claim."""
+    """(where, (method, n) of A, of B, the paper's figures, whether B wins more often there) of each claim."""
     n, few, middle = plan.sizes[-1], plan.sizes[0], plan.sizes[len(plan.sizes) // 2]
-    pairs = [("Table 1", "dpo", "dpo-sft"), *(("Table 1", other, "brain") for other in ("dpo", "dpo-sft", "rso"))]
+    pairs = [("Table 1", "dpo", "dpo-sft")]
+    pairs += [("Table 1", other, "brain") for other in ("dpo", "dpo-sft", "rso")]
     pairs += [("Table 3", "dpo-sft", "dpo-sft+iw"), ("Table 3", "dpo-sft+iw", "dpo-sft+iw+n")]
-    pairs += [("Section 9.3", "brain-no-baseline", "brain"), ("Table 3, section 9.5", "dpo-sft+iw+n", "brain")]
+    pairs += [("Section 9.3", "brain-no-baseline", "brain")]
+    pairs += [("Table 3, section 9.5", "dpo-sft+iw+n", "brain")]
     for where, a, b in pairs:
         printed = [f"{PAPER[a][i]} < {PAPER[b][i]}" for i in (1, 2) if PAPER[a][i] and PAPER[b][i]]
         yield where, (a, n), (b, n), ", ".join(printed), True
@@ -239,7 +243,7 @@ def orderings(plan):
 
 
 def verdict(a, b, posterior, names, gains=True):
-    """A sentence: what NUMBERS (seeds, 4) of A, B and the posterior say about "B wins more often", or not more."""
+    """What NUMBERS (seeds, 4) of A, B and the posterior say about "B wins more often", or not more."""
     gain, half = interval(b[:, WIN] - a[:, WIN])  # within each seed: worlds differ more than methods do
     sure = abs(gain) > half
     if gains:
@@ -251,19 +255,34 @@ def verdict(a, b, posterior, names, gains=True):
     far, error = interval(a[:, KL_POSTERIOR] - b[:, KL_POSTERIOR])
     nearer = "neither is surely the nearer" if abs(far) <= error else f"{names[int(far > 0)]} is the nearer"
     why.append(f"{nearer} to it" if why else f"{nearer} to the posterior")
-    why = ", ".join(why) + f" (KL {b[:, KL_POSTERIOR].mean():.2f} for B, {a[:, KL_POSTERIOR].mean():.2f} for A)"
-    return f"{told}, {gain:+.1f} ± {half:.1f}: {why}."
+    kls = [x[:, KL_POSTERIOR].mean() for x in (b, a)]
+    return f"{told}, {gain:+.1f} ± {half:.1f}: {', '.join(why)} (KL {kls[0]:.2f} for B, {kls[1]:.2f} for A)."
 
 
 def print_orderings(plan, results):
-    print("\nThe paper's orderings, A < B by win-rate, and whether they hold here: B minus A, points, within each seed")
+    print("\nThe paper's orderings, A < B by win-rate, and whether they hold here (B minus A, points)")
     for where, a, b, printed, gains in orderings(plan):
         same = a[0] == b[0]
         names = [f"n = {n}" if same else method for method, n in (a, b)]
         print(f"{where}: {a[0] + ', ' if same else ''}{' < '.join(names)} (paper: {printed})")
         for reward in REWARDS:
             posterior = results[reward, "posterior", plan.sizes[-1]]
-            print(f"  {reward:6} {verdict(results[(reward, *a)], results[(reward, *b)], posterior, names, gains)}")
+            told = verdict(results[(reward, *a)], results[(reward, *b)], posterior, names, gains)
+            print(f"  {reward:6} {told}")
+
+
+def print_conclusion(plan, results):
+    """Which method is nearest to the posterior, and which ones win more often than it."""
+    n = plan.sizes[-1]
+    print()
+    for reward in REWARDS:
+        far = {method: results[reward, method, n][:, KL_POSTERIOR].mean() for method in PAPER}
+        posterior, near = results[reward, "posterior", n][:, WIN], sorted(far, key=far.get)
+        gains = {method: interval(results[reward, method, n][:, WIN] - posterior) for method in PAPER}
+        past = [method for method, (gain, half) in gains.items() if gain > half]
+        nearest = f"{near[0]} is nearest to the posterior (KL {far[near[0]]:.2f})"
+        print(f"Under the {reward} reward, {nearest}, then {near[1]} ({far[near[1]]:.2f}).")
+        print(f"Surely more wins than the posterior have: {', '.join(past) or 'none'}.")
 
 
 # --------------------------------------------------------------------------------- pictures
@@ -275,7 +294,7 @@ def draw_methods(plan, results, path):
     import matplotlib.pyplot as plt
 
     n, names = plan.sizes[-1], list(PAPER)[::-1]
-    figure, axes = plt.subplots(len(REWARDS), 2, figsize=(10, 6), sharex="col", sharey=True, layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex="col", sharey=True, layout="constrained")
     for row, (reward, spread) in zip(axes, REWARDS.items()):
         for axis, number in zip(row, (WIN, KL_POSTERIOR)):
             mean, half = np.array([interval(results[reward, name, n][:, number]) for name in names]).T
@@ -284,69 +303,39 @@ def draw_methods(plan, results, path):
                 value = results[reward, reference, n][:, number].mean()
                 axis.axvline(value, color="0.4", ls=line, label=reference)
             axis.grid(axis="y", color="0.9")
-            axis.set(yticks=range(len(names)), yticklabels=names, title=f"{reward} reward (spread {spread:g}), n = {n}")
+            axis.set(yticks=range(len(names)), yticklabels=names)
+            axis.set_title(f"{reward} reward (spread {spread:g}), n = {n}")
     axes[0, 0].legend(loc="lower left")
     for axis, label in zip(axes[-1], LABELS):
         axis.set_xlabel(label)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_figure2(plan, results, path):
-    """The paper's Figure 2, and under it the KL that it does not show, over n."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(REWARDS), figsize=(10, 6.4), sharex=True, layout="constrained")
-    for column, (reward, spread) in zip(axes.T, REWARDS.items()):
-        for axis, number, label in zip(column, (WIN, KL_POSTERIOR), LABELS):
-            for method, color, style, shift in zip(SWEPT, ("black", "0.5"), ("o-", "s--"), (0.98, 1.02)):
-                mean, half = np.array([interval(results[reward, method, n][:, number]) for n in plan.sizes]).T
-                at = np.array(plan.sizes) * shift  # side by side, or the intervals hide each other
-                axis.errorbar(at, mean, half, fmt=style, color=color, capsize=3, ms=5, label=method)
-            value = results[reward, "posterior", plan.sizes[-1]][:, number].mean()
-            axis.axhline(value, color="0.4", ls=":", label="exact posterior")
-            axis.set_xscale("log", base=2)
-            axis.set(xticks=plan.sizes, xticklabels=plan.sizes, ylabel=label)
-        column[0].set_title(f"{reward} reward (spread {spread:g})")
-        column[1].set_xlabel("n, outputs per prompt")
-    axes[0, 0].legend(loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------- command line
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"methods: {message}\n")
-
-
 def main(argv=None):
     """-> 0."""
-    parser = Parser("python -m toy.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m toy.methods", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("--quick", action="store_true", help="a tiny world, to see that all of it runs: under a minute, no pictures")
-    add("--workers", type=int, choices=range(1, 65), default=2, metavar="N", help="processes; changes no number (default 2)")
-    add("--figures", type=Path, help="directory of the pictures (default toy/figures, with --quick none)")
+    add("--quick", action="store_true", help="a tiny world; the numbers mean nothing")
+    add("--workers", type=int, default=2, metavar="N", help="processes; changes no number (default 2)")
+    add("--figures", type=Path, metavar="DIR", help="where the pictures go; without it, nowhere")
     arguments = parser.parse_args(argv)
-    folder = arguments.figures or (None if arguments.quick else Path(__file__).parent / "figures")
-    if folder and not arguments.figures:
-        folder.mkdir(exist_ok=True)
-    if folder and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-        parser.error(f"--figures {folder}: must be a directory that can be written to")
-
+    if arguments.figures:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
     started, plan = time.perf_counter(), QUICK if arguments.quick else FULL
+    nothing = "--quick: the world is tiny, so these numbers mean nothing. They show that the program runs.\n"
+    nothing *= arguments.quick
+    print(nothing + "This shows how near each method comes to the exact posterior, and how often it wins.\n")
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool:
         rates = choose_rates(plan, pool)
         results, drawn = measure(plan, rates, pool)
     print_tables(plan, results, drawn)
     print_orderings(plan, results)
-    pictures = {folder / "methods.png": draw_methods, folder / "figure2.png": draw_figure2} if folder else {}
-    for path, draw in pictures.items():
-        draw(plan, results, path)
-    print("\n" + "; ".join([*map(str, pictures), f"{time.perf_counter() - started:.0f} s"]))
+    if arguments.figures:
+        draw_methods(plan, results, arguments.figures / "methods.png")
+    print_conclusion(plan, results)
+    print(nothing + f"{time.perf_counter() - started:.0f} s")
     return 0
 
 

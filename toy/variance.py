@@ -1,42 +1,31 @@
-"""How noisy, and how wrong, is the gradient? DPG, GDC++ and BRAIn as the proposal moves off the posterior.
+"""How noisy, and how wrong, is the gradient? DPG, GDC++ and BRAIn as the proposal leaves the posterior.
 
-    python -m toy.variance              a table and toy/figures/variance.png
+    python -m toy.variance                  a table and a conclusion; exit code 1 if a number is wrong
+    python -m toy.variance --figures DIR    the same, and DIR/variance.png
 
-Three estimates of one gradient, that of -D_KL(posterior || policy) (eq. 2), from n draws of a proposal q'.
-Each is a weighted sum of the scores s(y) = grad log q(y); p stands for the posterior, q for the policy:
+These are three estimates of one gradient, that of -D_KL(posterior || policy) (eq. 2), from n draws of a
+proposal. Each is a weighted sum of the scores s(y) = grad log q(y). Here p is the posterior and q the policy:
 
     DPG      1/n sum_i  p(y_i)/q'(y_i)            s(y_i)    importance sampling of eq. 4
     GDC++    1/n sum_i (p(y_i) - q(y_i))/q'(y_i)  s(y_i)    the same, minus importance sampling of eq. 8
     BRAIn        sum_i (alpha_hat_i - beta_hat_i) s(y_i)    both self-normalised (eq. 12), by brain.py
 
-Two worlds: a Gaussian one (posterior N(0,1), policy N(1,1), q' = N(m,1) with m from 0 to 1, n = 8, gradient
-in the policy's mean), and seven words, where every tuple of n is enumerated (gradient in the logits).
+Posterior, policy and proposal are N(0,1), N(1,1) and N(m,1), and n = 8. The gradient is that in the policy's
+mean. Training begins at m = 1, where q' is the policy, and ends at m = 0. BRAIn is unbiased for -grad D_n
+(Theorem 4.2) and not for -grad KL, so a plot of its variance alone says too little.
 
-What to see:
-1. Off the posterior the variance of DPG and GDC++ grows and BRAIn's stays where it is: at m = 1, where
-   training begins (q' = prior = policy), 1.57 and 1.20 against 0.17.
-2. At m = 0, where training should end, it is another matter: DPG's weights are all 1 and it is the quietest,
-   while GDC++'s baseline, meant to take noise away, is the noisiest part of all.
-3. BRAIn pays with bias, and a plot of variance alone does not show it. It is unbiased for -grad D_n
-   (Theorem 4.2), not for -grad KL: at n = 8 it is short by 15 to 23 per cent, always towards zero. Bias
-   and variance together (mean squared error) it still wins, except with q' close to the posterior.
-
-Every number drawn is held against one that was not: closed forms for DPG and GDC++, integrals for BRAIn
-(whose mean comes from differentiating D_n itself, eq. 13, and never from eq. 12), `toy.world` for the
-words. Exit code 1 if one of them disagrees.
+Every number that is drawn is compared with one that is not: closed forms for DPG and GDC++, and integrals for
+BRAIn, whose mean comes from differentiating D_n (eq. 13) and never from eq. 12.
 """
 
 import argparse
 import math
-import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-
-from toy.world import World, d_n_coefficients, log_normalize, posterior, tiny_gpt2
 
 ESTIMATORS = ("DPG", "GDC++", "BRAIn")
 NUMBERS = ("variance", "bias", "mean squared error")
@@ -111,7 +100,8 @@ def _grid(m, policy=POLICY):
     y = m + torch.linspace(-12, 12, 481, dtype=torch.float64)
     proposal = log_normal(y, m).softmax(-1)
     t = torch.arange(-32, 20, 0.2, dtype=torch.float64).exp()
-    return y, proposal, log_normal(y, POSTERIOR) - log_normal(y, m), log_normal(y, policy) - log_normal(y, m), t, 0.2
+    log_w, log_v = (log_normal(y, mean) - log_normal(y, m) for mean in (POSTERIOR, policy))
+    return y, proposal, log_w, log_v, t, 0.2
 
 
 def d_n_integral(policy, m, n=N):
@@ -134,7 +124,8 @@ def d_n_integral(policy, m, n=N):
 
 
 def brain_moments(m, n=N):
-    """(mean, variance) of the BRAIn estimate: mean = -d D_n, second moment by the integrals of d_n_integral."""
+    """(mean, variance) of the BRAIn estimate: mean = -d D_n, second moment by the integrals of
+    d_n_integral."""
     policy = torch.tensor(POLICY, dtype=torch.float64, requires_grad=True)
     mean = -float(torch.autograd.grad(d_n_integral(policy, m, n), policy)[0])
     y, proposal, log_w, log_v, t, step = _grid(m)
@@ -163,53 +154,16 @@ def exact(m, n=N):
     return {name: dict(zip(NUMBERS, (v, mu - TRUE, v + (mu - TRUE) ** 2))) for name, (mu, v) in moments}
 
 
-# --------------------------------------------------------------------- seven words, enumerated
-def words():
-    """(log prior, rewards) of the 7 outputs of one prompt: words of at most 2 of 2 letters. Each (Y,)."""
-    world = World(letters=2, length=2, prompts=1)
-    log_p = world.log_probs(tiny_gpt2(world)[0])
-    return log_p[0], world.fit(log_p).reward[0]
-
-
-def enumerated(log_p, reward, log_q_proposal, n):
-    """name -> (mean (Y,), total variance) of the gradient in the logits of a tabular policy that equals the prior."""
-    ids = torch.cartesian_prod(*[torch.arange(len(log_p))] * n).reshape(-1, n)  # (Y^n, n)
-    tables = (log_p, reward, posterior(log_p, reward), log_p, log_q_proposal)
-    looked_up = [torch.as_tensor(table)[ids] for table in tables]
-    chance = looked_up[-1].sum(-1).exp()  # (Y^n,) probability of the tuple under q'
-    scores = torch.eye(len(log_p), dtype=torch.float64) - torch.as_tensor(log_p).exp()  # s(y) = one-hot(y) - q
-    result = {}
-    for name, weights in sample_weights(*looked_up).items():
-        g = (weights[..., None] * scores[ids]).sum(1)  # (Y^n, Y)
-        mean = chance @ g
-        result[name] = mean.numpy(), float(chance @ (g - mean).square().sum(-1))  # trace of the covariance
-    return result
-
-
-def answers(log_p, reward, log_q_proposal, n):
-    """The same two numbers without a tuple, and with no use of brain.py; BRAIn's variance (None) has no such form."""
-    p, q, proposal = np.exp(posterior(log_p, reward)), np.exp(log_p), np.exp(log_q_proposal)
-    gradient = p - q  # of -KL(posterior || softmax(logits)) in the logits
-    score_square = 1 - 2 * q + (q**2).sum()  # |one-hot(y) - q|^2
-
-    def one_sample(numerator):
-        return (numerator**2 / proposal * score_square).sum() - (gradient**2).sum()
-
-    minus_grad_d_n = -d_n_coefficients(posterior(log_p, reward), log_p, log_q_proposal, n)
-    moments = ((gradient, one_sample(p) / n), (gradient, one_sample(p - q) / n), (minus_grad_d_n, None))
-    return dict(zip(ESTIMATORS, moments))
-
-
 # --------------------------------------------------------------------- tables and picture
-def gaussian_table(draws, seed):
-    """Print the Gaussian world. -> (m -> name -> number -> (value, standard error), list of disagreements)."""
+def table(draws, seed):
+    """-> (m -> name -> number -> (value, standard error), exact values, disagreements)"""
     generator = torch.Generator().manual_seed(seed)
-    print(f"Gaussian world: n = {N}, {draws} draws, 95% intervals, [exact value]; the gradient itself is {TRUE:g}")
+    print(f"n = {N}, {draws} draws, 95% intervals, [exact value]; the gradient itself is {TRUE:g}")
     print(f"{'m':>4}  {'':7}" + "".join(f"{name:<31}" for name in NUMBERS))
-    measured, wrong = {}, []
+    measured, exactly, wrong = {}, {}, []
     for m in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         measured[m] = {name: measure(g) for name, g in draw(m, draws, generator).items()}
-        truth = exact(m)
+        truth = exactly[m] = exact(m)
         for name in ESTIMATORS:
             cells = []
             for number in NUMBERS:
@@ -219,110 +173,74 @@ def gaussian_table(draws, seed):
                 if not abs(value - right) <= 5 * error:
                     wrong.append(f"m = {m}, {name}: {number} {value:.4f}, exact {right:.4f}")
             print(f"{m:4.1f}  {name:7}" + "".join(f"{cell:<31}" for cell in cells))
-    return measured, wrong
+    return measured, exactly, wrong
 
 
-def words_table(sizes=(2, 3, 4)):
-    """Print the seven words. -> (share of the prior in q' -> name -> number -> value, for the last n; disagreements)."""
-    log_p, reward = words()
-    log_target = posterior(log_p, reward)
-    true = np.exp(log_target) - np.exp(log_p)
-    length = np.linalg.norm(true)
-    print(f"\nSeven words, all tuples: q' = posterior^(1-b) prior^b, policy = prior; the gradient's length is {length:.4f}")
-    print(f" n     b  {'':7}{'total variance':<18}{'length of bias':<18}mean squared error")
-    curves, wrong = {}, []
-    for n in sizes:
-        for b in (0.0, 0.25, 0.5, 0.75, 1.0):
-            log_q_proposal = log_normalize((1 - b) * log_target + b * log_p)
-            found, right = enumerated(log_p, reward, log_q_proposal, n), answers(log_p, reward, log_q_proposal, n)
-            curves[b] = {}
-            for name, (mean, variance) in found.items():
-                bias = np.linalg.norm(mean - true)
-                curves[b][name] = dict(zip(NUMBERS, (variance, bias, variance + bias**2)))
-                print(f"{n:2}  {b:4.2f}  {name:7}" + "".join(f"{value:<18.4f}" for value in curves[b][name].values()))
-                off = np.abs(mean - right[name][0]).max()
-                if right[name][1] is not None:  # to rounding, of variances from 0.01 to 1e9
-                    off = max(off, abs(variance - right[name][1]) / max(1, right[name][1]))
-                if not off <= 1e-9:
-                    wrong.append(f"words, n = {n}, b = {b}, {name}: {off:.1e} off its exact value")
-    return curves, wrong
-
-
-def plot(measured, draws, curves, path):
-    """Above, the Gaussian world: lines exact, markers drawn. Below, the words: all exact."""
+def plot(measured, path):
+    """Lines are exact, and markers drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     looks = dict(zip(ESTIMATORS, (("0.45", "s", "--"), ("0.6", "^", ":"), ("0.0", "o", "-"))))
-    figure, axes = plt.subplots(2, 3, figsize=(11, 6.4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
     fine = np.linspace(0, 1, 21)
     truth = {m: exact(float(m)) for m in fine}
-    for column, number in enumerate(NUMBERS):
-        above, below = axes[:, column]
-        short = "MSE" if number == NUMBERS[2] else number
+    for axis, number in zip(axes, NUMBERS):
         for name, (grey, marker, line) in looks.items():
             value, error = np.array([measured[m][name][number] for m in measured]).T
-            above.plot(fine, [truth[m][name][number] for m in fine], color=grey, ls=line)
-            above.errorbar(list(measured), value, 1.96 * error, color=grey, marker=marker, ms=5, ls="", capsize=3)
+            middle = [truth[m][name][number] for m in fine]
+            axis.plot(fine, middle, color=grey, ls=line)
+            axis.errorbar(list(measured), value, 1.96 * error, color=grey, marker=marker, ls="", capsize=3)
+            axis.plot([], [], color=grey, marker=marker, ls=line, label=name)
             if number == "variance":
-                # Where 95% of plots with as few draws as the published one would lie.
-                half, middle = 1.96 * error * math.sqrt(draws / 2000), [truth[m][name][number] for m in fine]
-                half = np.interp(fine, list(measured), half)
-                above.fill_between(fine, middle - half, middle + half, color=grey, alpha=0.18, lw=0)
-                above.plot(1.0, PUBLISHED[name], marker="x", color=grey, ms=8, mew=2, ls="")
-            below.plot(list(curves), [curves[b][name][number] for b in curves], color=grey, marker=marker, ms=5, ls=line)
-            above.plot([], [], color=grey, marker=marker, ls=line, label=name)
-        above.set(xlabel="proposal mean m  (0: posterior, 1: policy)", title=f"Gaussian, n = {N}: {short}")
-        below.set(xlabel="share b of the prior in the proposal", title=f"seven words, n = 4: {short}")
-        if number != "bias":
-            below.set_yscale("log")
-    for row in axes:
-        for axis, label in zip(row, ("variance of the gradient", "bias of the gradient", "variance + bias$^2$")):
-            axis.set_ylabel(label)
-    axes[0, 0].plot([], [], "kx", ms=8, mew=2, label="published plot")
-    axes[0, 0].fill_between([], [], [], color="0.5", alpha=0.3, label="95% of 2000-draw runs")
-    axes[0, 0].legend(fontsize=8)
+                axis.plot(1.0, PUBLISHED[name], marker="x", color=grey, ms=8, mew=2, ls="")
+        axis.set(xlabel="proposal mean m  (0: posterior, 1: policy)", ylabel=f"{number} of the gradient")
+    axes[0].plot([], [], "kx", ms=8, mew=2, label="published plot")
+    axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 # --------------------------------------------------------------------- command line
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"variance: {message}\n")
-
-
-def whole(least, most):
-    def read(text):
-        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
-
-    return read
+def conclusion(truth, wrong):
+    """What the exact numbers say, in words. truth: m -> estimator -> number -> value."""
+    start, end = truth[1.0], truth[0.0]
+    times = [start[name]["variance"] / start["BRAIn"]["variance"] for name in ("DPG", "GDC++")]
+    short = [-100 * truth[m]["BRAIn"]["bias"] / TRUE for m in truth]
+    best = {m: min(ESTIMATORS, key=lambda name: truth[m][name]["mean squared error"]) for m in truth}
+    won = ", ".join(f"{m:g}" for m in truth if best[m] == "BRAIn")
+    by_noise = sorted(ESTIMATORS, key=lambda name: end[name]["variance"])
+    print(f"""
+Where training begins (m = 1), DPG has {times[0]:.1f} times BRAIn's variance, and GDC++ {times[1]:.1f} times.
+Where it ends (m = 0), {by_noise[0]} has the least variance, and {by_noise[-1]} has the most.
+BRAIn pays with bias: its mean is {min(short):.0f} to {max(short):.0f} per cent short of the gradient.
+By mean squared error, BRAIn is the best of the three at m = {won or "none of these"}.""")
+    for line in wrong:
+        print(f"DISAGREES: {line}")
+    agree = f"{len(wrong)} numbers DISAGREE with" if wrong else "All numbers agree with"
+    print(f"{agree} what they were compared with.")
 
 
 def main(argv=None):
     """-> 0, or 1 if a number disagrees with its exact counterpart."""
-    parser = Parser("python -m toy.variance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=whole(2000, 10**8), default=400_000, help="per proposal mean (default %(default)s)")
-    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the draws (default %(default)s)")
-    default = Path(__file__).parent / "figures" / "variance.png"
-    parser.add_argument("--figure", type=Path, default=default, help="where the picture goes (default toy/figures/variance.png)")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m toy.variance", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--draws", type=int, default=400_000, help="for each proposal mean (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the draws (default %(default)s)")
+    add("--figures", type=Path, metavar="DIR", help="where variance.png goes; without it, nowhere")
     arguments = parser.parse_args(argv)
-    folder = arguments.figure.parent
-    if arguments.figure.suffix != ".png" or arguments.figure.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        parser.error(f"--figure {arguments.figure}: must be a .png in a directory that can be written to")
-
+    if arguments.figures:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    measured, wrong = gaussian_table(arguments.draws, arguments.seed)
-    curves, wrong_words = words_table()
-    plot(measured, arguments.draws, curves, arguments.figure)
-    wrong += wrong_words
-    print("\n".join(["", *(f"DISAGREES: {line}" for line in wrong)]))
-    verdict = f"{len(wrong)} numbers disagree with" if wrong else "all numbers agree with"
-    print(f"{verdict} their exact values; {arguments.figure}; {time.perf_counter() - started:.0f} s")
+    print("This shows variance and bias of three gradient estimates, as the proposal mean m moves.\n")
+    measured, truth, wrong = table(arguments.draws, arguments.seed)
+    if arguments.figures:
+        plot(measured, arguments.figures / "variance.png")
+    conclusion(truth, wrong)
+    print(f"{time.perf_counter() - started:.0f} s")
     return 1 if wrong else 0
 
 

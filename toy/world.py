@@ -50,7 +50,7 @@ def chance_to_win(log_q, log_gold, reward):
 
 
 def _tuples(log_target, log_q, log_proposal, n):
-    """Every n-tuple of outputs: (ids (T, n), its probability under q' (T,), alpha_hat and beta_hat (T, n))."""
+    """Every n-tuple of outputs: ids (T, n), probability under q' (T,), alpha_hat (T, n), beta_hat (T, n)."""
     ids = np.array(list(itertools.product(range(len(log_target)), repeat=n)))
     chance = np.exp(log_proposal[ids].sum(-1))
     ids, chance = ids[chance > 0], chance[chance > 0]  # tuples that q' never draws
@@ -94,7 +94,7 @@ class World:
         self.letters, self.length, self.spread, self.seed = letters, length, spread, seed
         pairs = np.array(list(itertools.product(range(1, letters + 1), repeat=2)))
         self.prompts = pairs[random.permutation(len(pairs))[:prompts]]  # (X, 2) ids
-        # All outputs, in the order of `log_probs`: those of 0, 1, .. L-1 letters that ended, then the cut ones.
+        # All outputs, in the order of `log_probs`: those of 0, 1, .. L-1 letters that ended, then the rest.
         words = [list(itertools.product(range(1, letters + 1), repeat=size)) for size in range(length + 1)]
         self.outputs = [word + (END,) for size in words[:-1] for word in size] + words[-1]  # Y tuples of ids
         self.index = {output: i for i, output in enumerate(self.outputs)}
@@ -164,7 +164,8 @@ class World:
         return rewards
 
     def rows(self, log_p, per_prompt, seed):
-        """Data rows, `per_prompt` of each prompt: a gold answer `label`, and a human pair `chosen`, `rejected`.
+        """Data rows, `per_prompt` of each prompt: a gold answer `label`, and a human pair `chosen`,
+        `rejected`.
 
         All answers are draws from the prior (X, Y). A pair is two draws, its label drawn from
         Bradley-Terry (eq. 16): with an argmax in place of that draw the posterior is not DPO's optimum.
@@ -211,7 +212,10 @@ def tiny_gpt2(world, seed=0, width=64, layers=2, dtype=None):
 class Toy:
     """What `python brain.py` trains in: a world, its prior, data, and the answer key at the end."""
 
-    def __init__(self, seed=0, dtype="float32", goodness="bradley-terry", letters=8, length=4, prompts=16, spread=2.0):
+    def __init__(
+        self, seed=0, dtype="float32", goodness="bradley-terry", letters=8, length=4, prompts=16, spread=2.0,
+        beta=1.0,
+    ):  # fmt: skip
         import torch
 
         self.world = World(letters, length, prompts, spread, seed)
@@ -219,30 +223,45 @@ class Toy:
         self.log_p = self.world.log_probs(self.model)
         self.world.fit(self.log_p)
         r = self.world.reward
-        self.log_posterior = posterior(self.log_p, -np.logaddexp(0, -r) if goodness == "logistic" else r)  # eq. 15, 19
+        self.log_goodness = (-np.logaddexp(0, -r) if goodness == "logistic" else r) / beta  # eq. 15, 19
+        self.log_posterior = posterior(self.log_p, self.log_goodness)
 
     def splits(self):
-        """Rows for training (8 of each prompt), validation (16) and test (32): prompts are few, answers many."""
+        """Rows for training (8 of each prompt), validation (16) and test (32)."""
         import datasets
 
         sizes = {"train": 8, "validation": 16, "test": 32}
         rows = {split: self.world.rows(self.log_p, size, i) for i, (split, size) in enumerate(sizes.items())}
         return {split: datasets.Dataset.from_list(r) for split, r in rows.items()}
 
-    def report(self, model, path):
-        """Prints the policy beside prior and exact posterior, and draws it. `model` is the trained causal LM."""
+    def report(self, model, path, estimates=None):
+        """Prints the policy beside prior and exact posterior, and draws it. `model` is the trained causal LM.
+
+        estimates: the metrics of an evaluation of it, printed beside the exact numbers
+        """
         log_q = self.world.log_probs(model)
         columns = {"prior": self.log_p, "policy": log_q, "posterior": self.log_posterior}
+        wins = lambda log: 100 * chance_to_win(log, self.log_p, self.world.reward).mean()  # noqa: E731
         lines = {
             "KL(posterior || it), nats": lambda log: kl(self.log_posterior, log).mean(),
             "KL(it || prior), nats": lambda log: kl(log, self.log_p).mean(),
             "E[r]": lambda log: (np.exp(log) * self.world.reward).sum(-1).mean(),
-            "win-rate against the prior, %": lambda log: 100 * chance_to_win(log, self.log_p, self.world.reward).mean(),
+            "win-rate against the prior, %": wins,
         }
         print(f"exact, over all {len(self.world.outputs):,} outputs of {len(self.world.prompts)} prompts:")
         print(f"  {'':30}" + "".join(f"{name:>12}" for name in columns))
         for name, number in lines.items():
             print(f"  {name:30}" + "".join(f"{number(log):12.3f}" for log in columns.values()))
+        if estimates and "elbo" in estimates:
+            exact = (np.exp(log_q) * (self.log_p + self.log_goodness - log_q)).sum(-1).mean()
+            evidence = np.log(np.exp(self.log_p + self.log_goodness).sum(-1)).mean()
+            gap = estimates["log_evidence"] - estimates["elbo"]
+            print("The policy's distance to the posterior, exact and as any run can estimate it, nats:")
+            print(f"  {'':30}{'exact':>12}{'estimate':>12}")
+            error = estimates.get("elbo_standard_error", np.nan)
+            print(f"  {'elbo':30}{exact:12.3f}{estimates['elbo']:12.3f} ± {error:.3f}")
+            print(f"  {'log evidence (estimate: bound)':30}{evidence:12.3f}{estimates['log_evidence']:12.3f}")
+            print(f"  {'KL(policy || posterior)':30}{evidence - exact:12.3f}{gap:12.3f}")
         self.draw(log_q, path)
         print(f"policy against posterior: {path}")
 
@@ -256,11 +275,14 @@ class Toy:
         figure, axes = plt.subplots(1, 2, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
         exact = np.exp(self.log_posterior).ravel()
         shown = exact > 1e-6
-        for axis, log, title in zip(axes, (self.log_p, log_q), ("before training: the prior", "after: the policy")):
-            axis.plot(exact[shown], np.exp(log).ravel()[shown], ".", markersize=2, alpha=0.25, color="black", rasterized=True)
+        titles = "before training: the prior", "after: the policy"
+        for axis, log, title in zip(axes, (self.log_p, log_q), titles):
+            found = np.exp(log).ravel()[shown]
+            axis.plot(exact[shown], found, ".", markersize=2, alpha=0.25, color="black", rasterized=True)
             axis.plot([1e-6, 1], [1e-6, 1], color="0.6", linewidth=1)
             distance = kl(self.log_posterior, log).mean()
-            axis.set(xscale="log", yscale="log", xlim=(1e-6, 1), ylim=(1e-6, 1), xlabel="posterior probability of an output", ylabel="the model's probability of it")
+            axis.set(xscale="log", yscale="log", xlim=(1e-6, 1), ylim=(1e-6, 1))
+            axis.set(xlabel="posterior probability of an output", ylabel="the model's probability of it")
             axis.set_title(f"{title}\nKL(posterior || it) = {distance:.3f} nats")
         figure.savefig(path, dpi=110)
         plt.close(figure)
