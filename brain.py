@@ -386,6 +386,7 @@ def train(policy, reward, data, settings, run):
     """
     optimizer = torch.optim.AdamW(  # departure 3
         policy.parameters().values(),
+        lr=settings.learning_rate,  # every update sets its own, see `learning_rates`
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.weight_decay,
     )
@@ -2153,21 +2154,34 @@ def open_directory(s):
 
 
 def write_config(path, s):
-    """config.json: the settings, and versions that numbers depend on. On resuming, settings must agree."""
+    """config.json: the settings, and versions that numbers depend on.
+
+    A run that is resumed must have the same settings, but for a few. More --iterations extend it: the
+    learning rates of the updates that are added are those of the longer run.
+    """
     versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
     now = dataclasses.asdict(s) | versions
     if s.resume:
         before = json.loads((path / "config.json").read_text())
-        free = ("output_dir", "resume", "overwrite", "device", "outputs_per_forward", *versions)
+        free = {"output_dir", "resume", "overwrite", "device", "outputs_per_forward", *versions}
+        if s.iterations > before["iterations"]:
+            free.add("iterations")
         changed = ", ".join(flag(name) for name in now if name not in free and before.get(name) != now[name])
         refuse_if(changed, f"--resume: the run in {path} has another {changed}; give that of the run")
-        return
+        if "iterations" not in free:
+            return
+        print(f"extended from {before['iterations']} to {s.iterations} iterations")
+        (path / "report.png").unlink(missing_ok=True)  # it marks a finished run
+        now = before | {"iterations": s.iterations}
     path.mkdir(parents=True, exist_ok=True)
-    for name in RUN_DIRECTORIES:  # of a run that is replaced
-        shutil.rmtree(path / name, ignore_errors=True)
-    for name in RUN_FILES:
-        (path / name).unlink(missing_ok=True)
-    (path / "config.json").write_text(json.dumps(now, indent=1) + "\n")
+    if not s.resume:
+        for name in RUN_DIRECTORIES:  # of a run that is replaced
+            shutil.rmtree(path / name, ignore_errors=True)
+        for name in RUN_FILES:
+            (path / name).unlink(missing_ok=True)
+    unfinished = path / "unfinished.json"
+    unfinished.write_text(json.dumps(now, indent=1) + "\n")
+    unfinished.replace(path / "config.json")
 
 
 def join_processes(s):
