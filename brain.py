@@ -22,18 +22,18 @@ overweights. At q_theta = posterior, alpha_hat equals beta_hat for every draw, s
 there.
 
 Which objective does eq. 12 descend? Self-normalised weights are biased, so it is not an unbiased gradient of
-KL(posterior || q_theta); that bias vanishes as n grows. It is an unbiased gradient, for every n, of minus
+KL(posterior || q_theta); that bias vanishes as n grows. Minus eq. 12 is an unbiased gradient, for every n, of
 
     D_n(theta)  =  E_{y_1 .. y_n ~ q'}  D_KL(alpha_hat || beta_hat)                          (eq. 13)
 
-the self-normalised KL divergence (Theorem 4.2; the two lines of algebra stand at `brain_loss`). D_n is zero
+the self-normalised KL divergence (Theorem 4.2; the algebra stands at `brain_loss`). D_n is zero
 only at the posterior (Theorem 4.3), provided that n >= 2 and that q' can draw every output. With n = 1 both
 weights are 1, so D_1 = 0 for every policy. Both divergences are forward: their first argument is the
 posterior, so a policy pays for every good output that it misses.
 
     python brain.py                                                  a toy world with a known posterior
     python brain.py --model CarperAI/openai_summarize_tldr_sft       the paper's summarisation model
-    pytest                                                           every claim below, checked
+    pytest                                                           the mathematical claims, checked
 
 Part I is the method. It can be read on its own. Part II runs it on real models, and nothing in it is needed
 to understand Part I.
@@ -172,17 +172,18 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
     log_q_proposal  (..., n) log q'(y_i|x), cached when y_i was drawn
     alpha_hat       (..., n) posterior weights, cached at the same time
 
-    Its gradient is minus eq. 12. Since log beta_hat_i = log q_i - log q'_i - logsumexp_j(log q_j - log q'_j),
+    Its gradient is minus eq. 12. alpha_hat does not depend on theta, so only -sum_i alpha_hat_i log
+    beta_hat_i has a gradient. Since log beta_hat_i = log q_i - log q'_i - logsumexp_j(log q_j - log q'_j),
+    that is
 
-        grad -sum_i alpha_hat_i log beta_hat_i  =  -sum_i alpha_hat_i grad log q_i + sum_j beta_hat_j grad log
-        q_j
+        -sum_i alpha_hat_i grad log q_i  +  sum_j beta_hat_j grad log q_j
 
-    The last sum is the gradient of the logsumexp, because the alpha_hat_i sum to 1. The paper introduces it
-    as a baseline: it estimates E_q[grad log q] = 0 (eq. 8 to 10) from the same draws. Theorem 4.2 is this one
-    line. The outputs are drawn from q', which does not depend on theta, so the expectation over draws changes
-    nothing in it.
+    The gradient of a logsumexp is the softmax-weighted mean of the gradients of its terms, here with weights
+    beta_hat; it counts once, because the alpha_hat_i sum to 1. The paper introduces it as a baseline: it
+    estimates E_q[grad log q] = 0 (eq. 8 to 10) from the same draws. This is Theorem 4.2. The outputs are
+    drawn from q', which does not depend on theta, so the expectation over draws changes nothing in it.
 
-    With n = 2 and alpha_hat = (1, 0) the loss is -log beta_hat_1, which is the DPO loss (Theorem 6.1).
+    With n = 2, q' = p and alpha_hat = (1, 0) the loss is -log beta_hat_1: the DPO loss (Theorem 6.1).
 
     baseline=False gives -sum_i alpha_hat_i log q_i instead, whose gradient is minus eq. 7 (section 9.3). It
     pulls every output up, bad ones too. At the posterior it is noise, where eq. 12 is zero for every draw.
@@ -321,12 +322,15 @@ def rejection_sample(log_good, n, generator=None):
 # ------------------------------------------------------------------------------------------
 # 3. Algorithm 1
 #
-# The language model appears through three verbs:
+# The language model and its reward appear through three verbs:
 #     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or from p
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
+# The policy also says the text of an output, whether it ended by itself, and what its parameters are.
 # `run` does what surrounds an algorithm: it reads back what a killed run had done, divides work among
-# processes, logs, evaluates and saves. A run that only returns its arguments would train the same policy.
+# processes, logs, evaluates and saves. The smallest run: `collect` is [draw(row) for row in rows], `steps(t)`
+# is the numbers from (t - 1) k + 1 to t k, `share_of` returns its argument, `combine` averages, the rest does
+# nothing.
 
 
 @dataclass
@@ -340,14 +344,14 @@ class Samples:
     texts: list  # n strings
     reward: torch.Tensor  # (n,)
     log_p: torch.Tensor  # (n,)
-    log_q_proposal: torch.Tensor  # (n,) under the proposal that drew them, whatever the policy is by now
+    log_q_proposal: torch.Tensor  # (n,) under the proposal that drew them; for rso and data, log p
     alpha_hat: torch.Tensor  # (n,)
 
 
 # Each purpose has its own stream of random numbers. Every random number of a run follows from (seed, purpose,
 # indices), so there is no state to save, and results do not depend on processes or on where a run was
 # resumed.
-PROMPTS, OUTPUTS, BATCHES, HOLD_OUT, EVALUATION, HELD_OUT = range(6)
+PROMPTS, OUTPUTS, BATCHES, SPLITS, EVALUATION, HELD_OUT = range(6)
 
 
 def seeded(*numbers):
@@ -364,6 +368,8 @@ def random_subset(size, count, *numbers):
 def learning_rates(settings):
     """The learning rate of every update of the run, a list (departure 7). It depends on the settings only."""
     total = settings.iterations * settings.updates_per_iteration
+    if total == 0:
+        return []
     optimizer = torch.optim.SGD([torch.zeros(1)], settings.learning_rate)
     name, warmup = settings.lr_scheduler_type, settings.warmup_steps
     scheduler = transformers.get_scheduler(name, optimizer, warmup, total)
@@ -381,7 +387,8 @@ def train(policy, reward, data, settings, run):
     policy    Policy: p, q' and q_theta. They are equal at first (line 1).
     reward    reward(prompt, texts, columns) -> (n,): r(x, y)
     data      Prompts: D
-    settings  Settings: e, m, n and k in words
+    settings  Settings: e is iterations, m prompts_per_iteration, n samples_per_prompt, k
+              updates_per_iteration
     run       Run: see above
     """
     optimizer = torch.optim.AdamW(  # departure 3
@@ -417,7 +424,9 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
     """Lines 6 to 10 for one prompt: draw n outputs, cache their log q', log p, reward and alpha_hat. ->
     Samples
 
-    Old samples stay valid in later rounds, because each keeps the log q' of the proposal that drew it.
+    Old samples stay valid in later rounds. Each keeps the log q' of the proposal that drew it, and p is
+    fixed, so alpha_hat does not change. The objective is then D_n averaged over the proposals, zero at the
+    same policy.
     """
     if source == "data":
         outputs = example.pair
@@ -432,7 +441,7 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
         kept = rejection_sample(log_good, settings.samples_per_prompt, generator)
         outputs, texts, rewards = [outputs[i] for i in kept], [texts[i] for i in kept], rewards[kept]
     # Line 8. The function that scores log q_theta in `update` also scores log q', so beta_hat is 1/n at
-    # first.
+    # first. The sampler's own sums would differ by rounding.
     log_p = policy.log_prob(example.ids, outputs, prior=True).cpu()
     log_q_proposal = policy.log_prob(example.ids, outputs).cpu() if source == "policy" else log_p
     rewards = rewards.to(log_p)
@@ -445,7 +454,8 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
 def update(policy, optimizer, batch, settings, run):
     """Lines 15 to 19: one step of theta on a batch of prompts. -> metrics, means over the batch"""
     method = METHODS[settings.method]
-    # An argmax does not see the size of a reward, hence not beta. As in DPO, beta then scales log q - log q'.
+    # An argmax does not see the size of a reward, so beta would do nothing. As in DPO it scales log q - log
+    # q'.
     scale = settings.beta if method.argmax else 1.0
     optimizer.zero_grad()
     lines = []
@@ -458,7 +468,7 @@ def update(policy, optimizer, batch, settings, run):
         ended = np.mean([policy.ended(output) for output in samples.outputs])
         line = {"loss": loss.item(), "ended": float(ended)}
         lines.append(line | diagnostics(samples, log_q.detach(), method))
-    metrics = run.combine(policy, lines)
+    metrics = run.combine(policy, lines)  # also sums the gradients of all processes
     optimizer.step()  # line 19
     return metrics
 
@@ -466,8 +476,8 @@ def update(policy, optimizer, batch, settings, run):
 def diagnostics(samples, log_q, method):
     """What to watch in an update, from weights as they are: nothing is clipped anywhere. -> {name: float}
 
-    ess_alpha    effective sample size of alpha_hat, of n. Near 1, one output has all the weight: the rewards
-                 are too far apart for this n. Raise n, or beta.
+    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs). Near 1, one output has all the
+                 weight: the rewards are too far apart for this n. Raise n, or beta.
     ess_beta     that of beta_hat. It starts at n and falls as q_theta leaves the proposal that drew the
                  samples. Near 1 the policy has outrun its samples: renew the proposal sooner, or lower the
                  learning rate.
@@ -493,9 +503,9 @@ def diagnostics(samples, log_q, method):
 def held_out_divergence(policy, samples, settings):
     """D_n (eq. 13) from the n outputs of a prompt that is not trained on. -> float, nats
 
-    Its mean over held-out prompts estimates the objective itself. It is comparable over a run and, in
-    expectation, zero only at the posterior. If it rises while the training loss falls, the policy is
-    memorising D_t.
+    Its mean over held-out prompts, with outputs that were drawn once from p, estimates the objective itself.
+    It is comparable over a run and, in expectation, zero only at the posterior. If it rises while the
+    training loss falls, the policy is memorising D_t.
     """
     log_good = log_goodness(samples.reward, settings.goodness, settings.beta)
     alpha_hat = posterior_weights(samples.log_p, samples.log_q_proposal, log_good)
@@ -808,6 +818,8 @@ class Policy:
         """
         short, long, outputs = self._probe_ids()
         name = type(self.model.get_base_model() if self.prior_model is None else self.model).__name__
+        finite = bool(before.isfinite().all())
+        refuse_if(not finite, "--model: its logits are nan or inf; try --dtype float32")
         for prior in (False, True):
             with self._using(prior) as model:
                 same = self._agree(self._probe(model), before, 1e-3)
@@ -823,6 +835,8 @@ class Policy:
             self.shares_prompt = self._agree(self.log_prob(short, outputs), before)
         if not self._samples_agree([short]):
             self.keeps_cache = False
+            wrong = not self._samples_agree([short])
+            refuse_if(wrong, f"--model: {name} samples with other probabilities than it scores")
             print(f"brain: the cache of {name} cannot be copied; sampling is slow", file=sys.stderr)
         if not self._samples_agree([short, long]):
             self.pads_prompts = False
@@ -839,6 +853,8 @@ class Policy:
         generators = [seeded(i) for i in range(len(prompts))]
         try:
             drawn, log_probs = self.sample_batch(prompts, 2, 4, False, generators)
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # caches of other kinds fail in ways of their own
             return False
         expected = [self.log_prob(prompt, outputs) for prompt, outputs in zip(prompts, drawn)]
@@ -1491,7 +1507,7 @@ def load_data(settings, tokenizer, splits=None):
             few = len(train) < 2
             refuse_if(few, f"--dataset {settings.dataset}: too few rows to hold any out as {split}")
             size = min(1000, math.ceil(len(train) / 10))
-            order = random_subset(len(train), len(train), HOLD_OUT)
+            order = random_subset(len(train), len(train), SPLITS)
             splits[split], splits["train"] = train.select(order[:size]), train.select(order[size:])
             print(f"{split}: not in the data; {size} rows of train are held out for it")
     if settings.pairs_dataset and pairs is not None:
@@ -1704,7 +1720,8 @@ class Run:
         return metrics
 
     def after_update(self, policy, optimizer, step, metrics):
-        """Logs an update. Evaluates and saves a checkpoint every --eval-every updates, and at the end."""
+        """Logs an update. Evaluates every --eval-every updates and at the end. Checkpoints then, and every
+        round."""
         self.log({"step": step} | metrics)
         k, e = self.settings.updates_per_iteration, self.settings.iterations
         due = step % self.settings.eval_every == 0
@@ -1842,13 +1859,14 @@ class Run:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
+        group = METHODS[self.settings.method].group_size or self.settings.samples_per_prompt
         panels = {  # title: the metrics that it shows
             "Distance to the posterior: the gap, nats": ("elbo", "log_evidence"),
             "D_n on held-out prompts, and the loss on D_t, nats": ("self_normalized_kl", "loss"),
             "Win-rate against gold, %": ("win_rate",),
             "Mean reward of the policy": ("reward",),
             "KL(policy || prior), nats": ("kl_to_prior",),
-            f"Effective sample sizes, of n = {self.settings.samples_per_prompt}": ("ess_alpha", "ess_beta"),
+            f"Effective sample sizes, of {group}": ("ess_alpha", "ess_beta"),
         }
         lines = self.lines("metrics.jsonl")
         evaluations = [line for line in lines if line.get("split") == "validation"]
@@ -1897,7 +1915,7 @@ GOODNESS = ("bradley-terry", "logistic")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SELECTIONS = ("win_rate", "elbo", "self_normalized_kl")
 # Schedules that are a function of the step and need no settings of their own.
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 LOWEST = dict(
     seed=0, iterations=0, prompts_per_iteration=1, samples_per_prompt=2, updates_per_iteration=1,
     batch_size=1, max_prompt_tokens=1, max_new_tokens=1, weight_decay=0, adam_beta1=0, adam_beta2=0,
