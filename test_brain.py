@@ -566,7 +566,7 @@ def test_random_numbers_come_from_their_indices():
     assert draw(3, 1) == first == tuple(torch.rand(3, generator=stream_by_hand(3, 1)).tolist())
     indices = [(3, 1), (1, 3), (31,), (4,), (3, 1, 1), (3, 2), (13, 1), (1, 31)]
     assert len({draw(*i) for i in indices}) == len(indices)
-    purposes = "PROMPTS", "OUTPUTS", "BATCHES", "HOLD_OUT", "EVALUATION", "HELD_OUT"
+    purposes = "PROMPTS", "OUTPUTS", "BATCHES", "SPLITS", "EVALUATION", "HELD_OUT"
     assert len({getattr(brain, name) for name in purposes}) == 6
 
 
