@@ -1321,12 +1321,16 @@ class Prompts:
             self.summary += f", {len(self.rows) - len(self.kept)} left out ({why})"
 
     def leave_out_unfit(self, reward):
-        """Drops prompts that leave no room for an output in the context of the reward model."""
-        room = reward.context - self.settings.max_new_tokens
+        """Drops prompts whose outputs or gold answer would not fit the context of the reward model."""
         unfit = set()
         for i in range(len(self)):
             example = self[i]
-            if len(reward.encode([reward.text(example.prompt, " a", example.columns)])[0]) > room:
+            texts = [reward.text(example.prompt, " a", example.columns)]
+            if example.gold is not None:
+                texts.append(reward.text(example.prompt, example.gold, example.columns))
+            lengths = [len(ids) for ids in reward.encode(texts)]
+            lengths[0] += self.settings.max_new_tokens - 1  # " a" is the first token of the output
+            if max(lengths) > reward.context:
                 unfit.add(example.row)
         if unfit:
             why = f"too long for the policy, or for the reward model's context of {reward.context}"
@@ -1824,6 +1828,8 @@ class Run:
             divergences = list(self.shared(self.held_out, d_n, "held-out D_n"))
             metrics["self_normalized_kl"] = float(np.mean(divergences))
             self.write("validation_outputs.jsonl", [{"step": step} | line for line in lines])
+            no_gold = "--select-by win_rate: no evaluated prompt has a gold answer; give --select-by elbo"
+            refuse_if(self.settings.select_by not in metrics, no_gold)
             score = metrics[self.settings.select_by]
             if self.settings.select_by == "self_normalized_kl":
                 score = -score
