@@ -4,12 +4,19 @@
     python -m toy.methods --quick          the same in a tiny world, to see that it runs
 
 At toy scale these are Tables 1 and 3, Figure 2 (n = 2 to 32 outputs per prompt), section 9.3 (no baseline)
-and 9.5 (fixed proposal), for a mild and a sharp reward. All runs go through `brain.train`. All numbers but
-the counts of samples are sums over every output. Intervals are Student's t at 95% over seeds.
+and 9.5 (fixed proposal), for a mild and a sharp reward. They go through `brain.train`. RLOO and GRPO, which
+users of TRL train with today, stand beside them. All numbers but the last two are sums over every output.
+Intervals are Student's t at 95% over seeds.
 
-    equal      for all methods: prompts sampled for, updates, prompts per update, n outputs per prompt. RSO
-               draws 4n to keep n, and DPO has one human pair per prompt, as in the paper: two draws of the
-               prior, labelled by Bradley-Terry.
+    elbo gap   log_evidence - elbo of n = 32 draws per prompt: what a run on a real model could measure.
+               It estimates KL(it || posterior).
+    drawn      outputs that the run sampled in all
+
+    equal      for all methods: prompts sampled for, updates, prompts per update, n outputs per prompt, the
+               linear decay of the learning rate. RSO draws 4n to keep n, and DPO has one human pair per
+               prompt, as in the paper: two draws of the prior, labelled by Bradley-Terry. RLOO and GRPO
+               have the KL term at beta = 1, the strength whose optimum is the posterior (Theorem 7.1), and
+               train on the samples of the present round only.
     a seed     changes everything: prompts, rewards, prior, human pairs, and all that is drawn in training
     rate       of each method and reward: among three, the one with the highest win-rate on seeds that are not
                reported. The paper selects its models by win-rate, too, and it needs no answer key.
@@ -31,8 +38,10 @@ import numpy as np
 from toy.world import Toy, chance_to_win, kl
 
 REWARDS = {"mild": 2.0, "sharp": 4.5}  # standard deviation of the reward under the prior
-NUMBERS = ("KL(posterior || it)", "KL(it || prior)", "E[r]", "win-rate %")
-KL_POSTERIOR, KL_PRIOR, REWARD, WIN = range(4)
+NUMBERS = (
+    "KL(posterior || it)", "KL(it || posterior)", "elbo gap", "KL(it || prior)", "E[r]", "win-rate %",
+)  # fmt: skip
+KL_POSTERIOR, KL_BACK, GAP, KL_PRIOR, REWARD, WIN = range(6)
 PAPER = {  # method: (where, Train RM win-rates of AnthropicHH and TL;DR as printed)
     "dpo": ("Table 1", "54.60", "86.72"),
     "rso": ("Table 1", "84.59", "91.24"),
@@ -42,6 +51,8 @@ PAPER = {  # method: (where, Train RM win-rates of AnthropicHH and TL;DR as prin
     "brain": ("Tables 1, 3", "95.40", "95.21"),
     "brain-no-baseline": ("9.3", "58.3", "61.1"),
 }
+ONLINE = ("rloo", "grpo")  # not in the paper
+ROWS = (*PAPER, *ONLINE)
 LABELS = "win-rate against the prior, %", "KL(posterior || policy), nats"  # of the pictures' axes
 SWEPT = ("brain", "dpo-sft")  # Figure 2
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by seeds
@@ -101,26 +112,90 @@ class InMemory:
     def steps(self, t):
         return range((t - 1) * self.k + 1, t * self.k + 1)
 
-    def share_of(self, batch):
-        return batch
-
-    def combine(self, policy, lines):
-        return {}
-
-    def after_update(self, policy, optimizer, step, metrics):
+    def after_update(self, step, metrics):
         pass
 
 
-def numbers(toy, log):
-    """The four NUMBERS of a distribution (X, Y), mean over prompts, by enumeration."""
+def token_log_probs(model, samples):
+    """log-probability of each token of n outputs, and which of them are real. -> (n, T), (n, T)"""
+    import torch
+
+    import brain
+
+    outputs, real = brain.pad_right(samples.outputs, "cpu")
+    whole = torch.cat([samples.example.ids.expand(len(outputs), -1), outputs], 1)
+    logits = model(input_ids=whole[:, :-1]).logits[:, -outputs.shape[1] :]
+    found = logits.log_softmax(-1).gather(-1, outputs[..., None])[..., 0]
+    return found.where(real, 0.0), real
+
+
+def online_loss(method, rewards, real, log_q, old, log_p, beta=1.0, clip=0.2):
+    """TRL's loss of RLOO and of GRPO for n outputs of one prompt, from rewards (n,) and the log-probabilities
+    (n, T) of their tokens: of the policy, of the policy that drew them, of the prior."""
+    import torch
+
+    n = len(log_q)
+    if method == "rloo":  # the KL is in the reward; the ratio is that of whole outputs
+        rewards = rewards - beta * (old - log_p).sum(-1)
+        advantage = rewards - (rewards.sum() - rewards) / (n - 1)
+        ratio, penalty, real = (log_q - old).sum(-1).exp(), 0.0, torch.ones(n)
+    else:  # the KL is in the loss, by the k3 estimate; the ratio is that of each token
+        advantage = ((rewards - rewards.mean()) / (rewards.std() + 1e-4))[:, None]
+        apart = log_p - log_q
+        ratio, penalty = (log_q - old).exp(), beta * (apart.exp() - apart - 1)
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+    return ((penalty - surrogate) * real).sum() / real.sum()
+
+
+def train_online(method, policy, reward, data, settings):
+    """RLOO or GRPO with as many rounds, samples and updates as `brain.train` makes of the same settings."""
+    import torch
+    import transformers
+
+    import brain
+
+    k, total = settings.updates_per_iteration, settings.iterations * settings.updates_per_iteration
+    optimizer = torch.optim.AdamW(policy.parameters().values(), settings.learning_rate, weight_decay=0.0)
+    scheduler = transformers.get_scheduler("linear", optimizer, 0, total)
+    for t in range(1, settings.iterations + 1):
+        rows = brain.random_subset(len(data), settings.prompts_per_iteration, settings.seed, brain.PROMPTS, t)
+        drawn = []
+        for row in rows:
+            generator = brain.seeded(settings.seed, brain.OUTPUTS, t, row)
+            samples = brain.collect(policy, reward, data[row], settings, "policy", generator, t)
+            with torch.no_grad():
+                scored = [token_log_probs(model, samples)[0] for model in (policy.model, policy.prior_model)]
+            drawn.append((samples, *scored))
+        for step in range((t - 1) * k + 1, t * k + 1):
+            chosen = brain.random_subset(len(drawn), settings.batch_size, settings.seed, brain.BATCHES, step)
+            optimizer.zero_grad()
+            for samples, old, log_p in (drawn[i] for i in chosen):
+                log_q, real = token_log_probs(policy.model, samples)
+                (online_loss(method, samples.reward, real, log_q, old, log_p) / len(chosen)).backward()
+            optimizer.step()
+            scheduler.step()
+
+
+def elbo_gap(toy, log, seed, n=32, repeats=64):
+    """log_evidence - elbo of n draws, (X,): the mean of many such estimates."""
+    generator, gaps = np.random.default_rng(seed), []
+    for log_q, log_w in zip(log, toy.log_p + toy.world.reward - log):
+        drawn = log_w[generator.choice(len(log_q), (repeats, n), p=np.exp(log_q) / np.exp(log_q).sum())]
+        gaps.append((np.log(np.exp(drawn).mean(-1)) - drawn.mean(-1)).mean())
+    return np.array(gaps)
+
+
+def numbers(toy, log, seed=0):
+    """The NUMBERS of a distribution (X, Y), mean over prompts. All but the gap are by enumeration."""
+    near, back = kl(toy.log_posterior, log), kl(log, toy.log_posterior)
     wins = 100 * chance_to_win(log, toy.log_p, toy.world.reward)
-    found = kl(toy.log_posterior, log), kl(log, toy.log_p), (np.exp(log) * toy.world.reward).sum(-1), wins
+    reward = (np.exp(log) * toy.world.reward).sum(-1)
+    found = near, back, elbo_gap(toy, log, seed), kl(log, toy.log_p), reward, wins
     return [float(number.mean()) for number in found]
 
 
 def train_once(plan, job):
     """-> (NUMBERS of the end, outputs drawn). Everything random comes from job.seed."""
-    import datasets
     import torch
     import transformers
 
@@ -135,12 +210,14 @@ def train_once(plan, job):
     names = ("iterations", "prompts_per_iteration", "updates_per_iteration", "batch_size")
     typed = {name: getattr(plan, name) for name in names}
     typed |= {"max_new_tokens": plan.length, "max_prompt_tokens": 2}
-    typed |= {"method": job.method, "learning_rate": job.rate, "seed": job.seed, "goodness": "bradley-terry"}
+    method = "brain" if job.method in ONLINE else job.method  # for the online ones it decides nothing
+    typed |= {"method": method, "learning_rate": job.rate, "seed": job.seed, "goodness": "bradley-terry"}
     typed |= {"samples_per_prompt": 2 if job.method == "dpo" else job.n}  # a pair is what the data has
     settings = brain.parse([word for name, value in typed.items() for word in (brain.flag(name), str(value))])
     # As many rows as a run samples for in all: DPO's human pairs need not come twice.
     rows = toy.world.rows(toy.log_p, plan.iterations * plan.prompts_per_iteration // plan.prompts, job.seed)
-    data = brain.Prompts(datasets.Dataset.from_list(rows), toy.tokenizer, settings, "train")
+    pairs = job.method == "dpo"
+    data = [brain.make_example(i, row, None, pairs, toy.tokenizer, settings) for i, row in enumerate(rows)]
     policy, drawn = brain.Policy(toy.model, toy.tokenizer), 0
 
     def reward(prompt, texts, columns):
@@ -148,8 +225,11 @@ def train_once(plan, job):
         drawn += len(texts)  # every candidate is scored, RSO's 4n too, before any is rejected
         return torch.tensor(toy.world.reward_of([prompt] * len(texts), texts))
 
-    brain.train(policy, reward, data, settings, InMemory(settings))
-    found = numbers(toy, toy.world.log_probs(policy.model))
+    if job.method in ONLINE:
+        train_online(job.method, policy, reward, data, settings)
+    else:
+        brain.train(policy, reward, data, settings, InMemory(settings))
+    found = numbers(toy, toy.world.log_probs(policy.model), job.seed)
     assert np.isfinite(found).all(), f"{job} diverged"
     return found, drawn
 
@@ -166,7 +246,7 @@ def run_all(plan, jobs, pool):
 def choose_rates(plan, pool):
     """{(reward, method): rate} by win-rate on the search seeds, printed with what it was chosen from."""
     n = plan.sizes[-1]
-    grid = [(reward, method, rate) for reward in REWARDS for method in PAPER for rate in plan.rates]
+    grid = [(reward, method, rate) for reward in REWARDS for method in ROWS for rate in plan.rates]
     jobs = {g: [Job(*g[:2], n, g[2], seed) for seed in plan.search_seeds] for g in grid}
     found = run_all(plan, [job for some in jobs.values() for job in some], pool)
     means = {g: np.mean([found[job][0] for job in some], 0) for g, some in jobs.items()}
@@ -187,7 +267,7 @@ def choose_rates(plan, pool):
 def measure(plan, rates, pool):
     """({(reward, method, n): NUMBERS (seeds, 4)}, {(method, n): outputs drawn}) for tables and pictures."""
     n = plan.sizes[-1]
-    wanted = [(reward, method, n) for reward in REWARDS for method in ("prior", *PAPER, "posterior")]
+    wanted = [(reward, method, n) for reward in REWARDS for method in ("prior", *ROWS, "posterior")]
     wanted += [(reward, method, size) for reward in REWARDS for method in SWEPT for size in plan.sizes]
     jobs = {w: [Job(*w, rates.get(w[:2], 0.0), seed) for seed in plan.seeds] for w in wanted}
     found = run_all(plan, [job for some in jobs.values() for job in some], pool)
@@ -209,7 +289,7 @@ def print_tables(plan, results, drawn):
         print(f"{plan.updates} updates of {plan.batch_size} prompts, mean ± 95% over {len(plan.seeds)} seeds")
         columns = "".join(f"{name:>21}" for name in NUMBERS)
         print(f"{'':18}{columns}{'drawn':>8}   paper: HH  TL;DR  where")
-        for method in ("prior", *PAPER, "posterior"):
+        for method in ("prior", *ROWS, "posterior"):
             cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(*interval(results[reward, method, n]))]
             where, hh, tldr = PAPER.get(method, ("", "", ""))
             line = f"{method:18}" + "".join(f"{cell:>21}" for cell in cells)
@@ -276,9 +356,9 @@ def print_conclusion(plan, results):
     n = plan.sizes[-1]
     print()
     for reward in REWARDS:
-        far = {method: results[reward, method, n][:, KL_POSTERIOR].mean() for method in PAPER}
+        far = {method: results[reward, method, n][:, KL_POSTERIOR].mean() for method in ROWS}
         posterior, near = results[reward, "posterior", n][:, WIN], sorted(far, key=far.get)
-        gains = {method: interval(results[reward, method, n][:, WIN] - posterior) for method in PAPER}
+        gains = {method: interval(results[reward, method, n][:, WIN] - posterior) for method in ROWS}
         past = [method for method, (gain, half) in gains.items() if gain > half]
         nearest = f"{near[0]} is nearest to the posterior (KL {far[near[0]]:.2f})"
         print(f"Under the {reward} reward, {nearest}, then {near[1]} ({far[near[1]]:.2f}).")
@@ -293,7 +373,7 @@ def draw_methods(plan, results, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    n, names = plan.sizes[-1], list(PAPER)[::-1]
+    n, names = plan.sizes[-1], list(ROWS)[::-1]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex="col", sharey=True, layout="constrained")
     for row, (reward, spread) in zip(axes, REWARDS.items()):
         for axis, number in zip(row, (WIN, KL_POSTERIOR)):

@@ -1,4 +1,4 @@
-"""What do updates, scoring, sampling and rewards cost in brain.py, against the usual ways?
+"""What do updates, scoring and sampling cost in brain.py, against the usual ways?
 
     python -m toy.speed            a table and a conclusion, on a machine that does nothing else
     python -m toy.speed --quick    the same at toy sizes, in seconds, to see that it runs
@@ -9,7 +9,6 @@ prompt has 512 tokens and 32 outputs of 48 tokens. Numbers are float32 on a CPU 
     update      the prompt once, its cache shared, against 32 whole sequences with logits at all positions
     scoring     the first log p of a prompt's outputs, the same two ways without gradient
     sampling    Policy.sample, against generate(num_return_sequences=32)
-    rewards     32 texts of one prompt at once, against one by one
 
 The ways of a row take turns in one process, and a ratio is that of their medians. Peak memory is what a fresh
 process needs on top of model and optimizer. The ways must agree in their numbers; otherwise the exit code is
@@ -66,9 +65,6 @@ class Bench:
         self.tokenizer = words(shape.vocabulary)
         self.policy = brain.Policy(self.model, self.tokenizer)
         self.optimizer = torch.optim.AdamW(self.policy.parameters().values(), lr=1e-5)
-        scorer = transformers.GPT2ForSequenceClassification(config).to(device, dtype)
-        torch.nn.init.normal_(scorer.score.weight, std=1.0)  # so that rewards differ by more than rounding
-        self.reward = brain.RewardModel(scorer, self.tokenizer)
         self.prompt = torch.randint(1, shape.vocabulary, (shape.prompt,))
         self.outputs = list(torch.randint(1, shape.vocabulary, (shape.n, shape.length)))
         self.log_p = torch.no_grad()(self.shared_log_prob)().cpu()
@@ -110,21 +106,6 @@ class Bench:
             max_new_tokens=self.shape.length, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
         )  # fmt: skip
 
-    # ---- rewards
-    def texts(self, end=None):
-        decode = self.tokenizer.decode
-        return decode(self.prompt), [decode(output[:end]) for output in self.outputs]
-
-    def rewards_shared(self):
-        return self.reward(*self.texts())
-
-    @torch.no_grad()
-    def rewards_plain(self):
-        prompt, outputs = self.texts()
-        ids = [self.tokenizer(prompt + x, return_tensors="pt").input_ids.to(self.device) for x in outputs]
-        scores = [self.reward.model(input_ids=some, use_cache=False).logits[0, 0] for some in ids]
-        return torch.stack(scores).float().cpu()
-
     def ways(self):
         """row of the table -> way -> function. The first way is brain.py's."""
         shared, plain, score = self.shared_log_prob, self.plain_log_prob, torch.no_grad()
@@ -132,7 +113,6 @@ class Bench:
             "update": {"shared": lambda: self.update(shared), "plain": lambda: self.update(plain)},
             "scoring": {"shared": score(shared), "plain": score(plain)},
             "sampling": {"shared": self.sample_shared, "generate": self.sample_generate},
-            "rewards": {"shared": self.rewards_shared, "plain": self.rewards_plain},
         }
         return {row: {f"{row} {way}": f for way, f in some.items()} for row, some in ways.items()}
 
@@ -201,15 +181,15 @@ def peak_memory(shape, way, device, dtype):
 
 def disagreements(bench, tolerance):
     """Prints how far the ways are apart. -> list of those that are further than rounding"""
-    policy, n = bench.policy, bench.shape.n
-    (outputs,), own = policy.sample_batch([bench.prompt], n, bench.shape.length)
+    policy, shape = bench.policy, bench.shape
+    uniform = torch.rand(shape.n, shape.length, dtype=torch.float64).to(bench.device)
+    outputs, own = policy._draw(bench.prompt, uniform)
     scored = policy.log_prob(bench.prompt, outputs).detach()
     two = bench.shared_log_prob, bench.plain_log_prob
     pairs = {
         "log-probabilities, shared and plain": [log_prob().detach() for log_prob in two],
         "gradients, shared and plain": [bench.gradient(log_prob) for log_prob in two],
-        "the sampler's own sum and the score of its outputs": (own[0], scored),
-        "rewards, at once and one by one": (bench.rewards_shared(), bench.rewards_plain()),
+        "the sampler's own sum and the score of its outputs": (own, scored),
     }
     wrong = []
     for name, (a, b) in pairs.items():

@@ -15,7 +15,7 @@ def test_quick_runs_and_the_ways_agree(capsys):
     assert speed.main(["--quick", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "All ways compute the same numbers." in out and "DISAGREE" not in out
-    for way in ("update shared", "scoring plain", "sampling generate", "rewards plain"):
+    for way in ("update shared", "scoring plain", "sampling generate"):
         assert re.search(rf"{way} +\d+\.\d+ +\d+\.\d+", out), way
     assert len(re.findall(r"\d\.\d\d GB", out)) == 2  # of the two ways of an update
     assert out.startswith("--quick") and out.count("mean nothing") == 2
