@@ -47,7 +47,7 @@ Map                                     paper                         here
     self-normalised KL divergence       eq. 13 and 14                 self_normalized_kl
     the loss whose gradient is eq. 12   eq. 12, Theorem 4.2           brain_loss
     DPO                                 section 6, Theorem 6.1        dpo_loss, METHODS
-    the distance to the posterior       eq. 1, Theorem 7.1            elbo, log_evidence
+    bounds on the distance to it        eq. 1, Theorem 7.1            elbo, log_evidence
     rows of Tables 1 and 3              section 9                     METHODS, rejection_sample
     the training loop                   Algorithm 1                   train, collect, update
     win-rate                            section 8                     win_rate
@@ -149,7 +149,8 @@ def policy_weights(log_q, log_q_proposal):
     """beta_hat (eq. 11), the policy's weights of n outputs. Arguments (..., n). -> (..., n), sums to 1
 
     beta_i = q_theta(y_i|x) / q'(y_i|x). For new samples, until the first update, q_theta is the proposal that
-    drew them. Then every beta_i is 1, and every beta_hat_i is 1/n.
+    drew them. Then every beta_i is 1, and every beta_hat_i is 1/n. (Methods whose proposal stays p are there
+    only before the first update of the run.)
     """
     return torch.softmax(log_q - log_q_proposal, dim=-1)
 
@@ -188,7 +189,7 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
     The paper introduces the beta_hat term as a baseline: it estimates E_q[grad log q] = 0 (eq. 8 to 10) from
     the same draws. baseline=False leaves it out and gives -sum_i alpha_hat_i log q_i, whose gradient is minus
     eq. 7, sum_i alpha_hat_i grad log q_i (section 9.3). That raises every output, bad ones a little too. At
-    the posterior it is noise, where eq. 12 is zero for every draw.
+    the posterior it is noise, whereas eq. 12 is zero for every draw.
 
     With n = 2, q' = p and alpha_hat = (1, 0) the loss is -log beta_hat_1. A softmax of two is the sigmoid of
     their difference, so this is the DPO loss (Theorem 6.1).
@@ -224,9 +225,10 @@ def effective_sample_size(weights):
 #     E_q[w]      =  p(G=1|x), so E[log mean_i w_i]  <=  log p(G=1|x), rising to it with n: `log_evidence`
 #
 # Hence the gap log_evidence - elbo is, in expectation, a lower bound of KL(q || posterior). This is the
-# reverse of the divergence that training lowers. A large gap proves that q is far. A small one is no proof
-# that it is near: good outputs that q never draws do not show. D_n on draws of the prior shows those, see
-# `held_out_divergence`. Bradley-Terry leaves a constant of log p(G=1|x) unknown, which cancels in the gap.
+# reverse of the divergence that training lowers. A gap well above its error shows that q is far. A small one
+# is no proof that it is near: good outputs that q never draws do not show. D_n on draws of the prior shows
+# those, see `held_out_divergence`. Bradley-Terry leaves a constant of log p(G=1|x) unknown, which cancels in
+# the gap. With beta, p(G=1|y,x)^(1/beta) and its mean under p stand for p(G=1|y,x) and p(G=1|x).
 
 
 def elbo(log_p, log_q, log_good):
@@ -246,7 +248,8 @@ def win_rate(rewards, gold_rewards):
     """(per cent of prompts whose output has the higher reward, half-width of the 95% interval).
 
     Takes two sequences of N rewards. Ties count half (departure 4). The interval is the normal one, as in
-    Table 1. ValueError if N = 0 or the lengths differ.
+    Table 1, for one output per prompt. `evaluate` has n, so its interval comes from the spread between
+    prompts. ValueError if N = 0 or the lengths differ.
     """
     ours, gold = np.asarray(rewards, dtype=float), np.asarray(gold_rewards, dtype=float)
     if ours.shape != gold.shape or ours.size == 0:
@@ -328,11 +331,11 @@ def rejection_sample(log_good, n, generator=None):
 # ------------------------------------------------------------------------------------------
 # 3. Algorithm 1
 #
-# The language model and its reward appear through three verbs:
+# The language model and its reward are used through three calls:
 #     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or from p
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
-# The policy also says the text of an output, whether it ended by itself, and what its parameters are.
+# The policy also gives the text of an output, whether it ended by itself, and what its parameters are.
 #
 # `run` does what surrounds an algorithm. `run.start` restores a killed run, `run.collect` calls draw(i) for
 # each index i or returns the samples that the killed run had, `run.steps` lists the updates that are still to
@@ -350,19 +353,20 @@ class Samples:
     texts: list  # n strings
     reward: torch.Tensor  # (n,)
     log_p: torch.Tensor  # (n,)
-    log_q_proposal: torch.Tensor  # (n,) under the proposal that drew them; for rso and data, log p
+    log_q_proposal: torch.Tensor  # (n,) under the proposal that drew them; for rso and data log p, as in DPO
     alpha_hat: torch.Tensor  # (n,)
 
 
-# Each purpose has its own stream of random numbers. Every random number of a run follows from (seed, purpose,
-# indices), so there is no random state to save, and a killed run continues with the same numbers.
+# Each purpose has its own stream of random numbers. Every random number of training and evaluation follows
+# from (seed, purpose, indices), so there is no random state to save, and a killed run continues with the same
+# numbers.
 PROMPTS, OUTPUTS, BATCHES, HELD_OUT = range(4)
 
 
 def seeded(*numbers):
     """A CPU generator whose stream depends on these numbers only."""
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> 1))  # it takes at most 63 bits
+    return torch.Generator().manual_seed(int(state >> 1))  # 63 bits are enough
 
 
 def random_subset(size, count, *numbers):
@@ -383,8 +387,8 @@ def train(policy, reward, data, settings, run):
     seed = settings.seed
     betas = (settings.adam_beta1, settings.adam_beta2)
     decay = settings.weight_decay
-    # Departure 3. Every update sets its own learning rate. The schedule is used as a function of the step, so
-    # it has no state to save.
+    # Departure 3. Every update sets its own learning rate. Of the scheduler only its function is used, from
+    # the step to a factor of the learning rate, so it has no state to save.
     optimizer = torch.optim.AdamW(policy.parameters().values(), betas=betas, weight_decay=decay)
     total = settings.iterations * settings.updates_per_iteration
     name, warmup = settings.lr_scheduler_type, settings.warmup_steps
@@ -414,15 +418,14 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
     Samples
 
     Old samples stay valid in later rounds. Each keeps the log q' of the proposal that drew it, and p is
-    fixed, so alpha_hat does not change. The objective is then D_n averaged over the proposals, zero at the
-    same policy.
+    fixed, so alpha_hat does not change. The objective is then D_n averaged over the proposals of all rounds,
+    which is still zero only at the posterior.
     """
     if source == "data":
         outputs = example.pair
     else:
         draws = settings.samples_per_prompt * (RSO_CANDIDATES if source == "rso" else 1)  # line 6
-        prior = source != "policy"
-        outputs = policy.sample(example.ids, draws, settings.max_new_tokens, prior, generator)
+        outputs = policy.sample(example.ids, draws, settings.max_new_tokens, source != "policy", generator)
     texts = [policy.text(example.ids, output) for output in outputs]
     rewards = reward(example.prompt, texts, example.columns)  # line 8
     if source == "rso":
@@ -440,13 +443,14 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
 
 
 def update(policy, optimizer, batch, settings):
-    """Lines 15 to 19: one step of theta on a batch of prompts. -> metrics, means over the batch
+    """Lines 15 to 19: one step of theta on a batch of prompts. -> metrics, means over the batch, but for
+    max_weight and grad_norm
 
     FloatingPointError if the loss or its gradient is not finite. The parameters are then unchanged.
     """
     method = METHODS[settings.method]
     # An argmax does not see the size of a reward, so beta would do nothing in it. As in DPO, beta scales
-    # log q - log q' instead, in the loss only.
+    # log q - log q' instead, in the loss only. (For rso, beta also decides which draws are kept.)
     scale = settings.beta if method.argmax else 1.0
     optimizer.zero_grad()
     lines = []
@@ -474,12 +478,13 @@ def diagnostics(samples, log_q, method):
 
     `update` adds the loss, `ended` (the share of outputs that were not truncated) and `grad_norm`.
 
-    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs). It rises as q' nears the
-                 posterior. Near 1, one output has all the weight: the rewards are too far apart for this n.
-                 Raise --samples-per-prompt or --beta.
-    ess_beta     that of beta_hat. It is n for new samples and falls as q_theta leaves the proposals that drew
-                 them, for those of old rounds most. Near 1 already before the first renewal, the policy has
-                 outrun its samples: lower --updates-per-iteration or --learning-rate.
+    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax it is always 1). It
+                 rises as q' nears the posterior. Near 1, one output has all the weight: the rewards are too
+                 far apart for this n. Raise --samples-per-prompt or --beta.
+    ess_beta     that of beta_hat. It is n (or 2) where q_theta is still the proposal and falls as q_theta
+                 leaves the proposals that drew the samples, for those of old rounds most. If it is near 1
+                 before the first renewal of the proposal, the policy has outrun its samples: lower
+                 --updates-per-iteration or --learning-rate.
     max_weight   the largest alpha_hat or beta_hat
     reward       mean reward of the stored outputs. It says nothing about the present policy.
     kl_to_prior  sum_i beta_hat_i (log q_theta - log p): a self-normalised estimate of KL(q_theta || p), in
@@ -536,7 +541,7 @@ def mean_evidence(drawn, settings):
 #
 # What Part I leaves open, in the order in which it is needed: the language model behind `sample` and
 # `log_prob` (4), the rewards (5), the data D (6), what an evaluation measures (7), what a run writes and
-# reads back (8), and the settings (9). Messages to the user name the flag that mends the problem.
+# reads back (8), and the settings (9). Messages to the user name the flag that fixes the problem.
 #
 # A run is one process on one device. With LoRA it holds the policy once, since p shares its parameters.
 # Without, it holds the policy, a frozen copy of it, the gradients and AdamW's two moments. The reward model
@@ -573,6 +578,8 @@ class Policy:
 
     def __init__(self, model, tokenizer, lora_rank=0, lora_alpha=32, outputs_per_forward=None):
         self.model, self.tokenizer = model.eval(), tokenizer
+        for layer in model.modules():  # bitsandbytes' fast kernel for 4 bits on a CPU has no gradient
+            layer.support_avx512bf16_for_cpu = False
         self.outputs_per_forward = outputs_per_forward
         has_adapter = hasattr(model, "peft_config")
         refuse_if(has_adapter and not lora_rank, "--lora-rank 0: --model is an adapter; merge it first")
@@ -615,9 +622,9 @@ class Policy:
         self.prior_adapter = self.model.active_adapter
         config = copy.deepcopy(self.model.peft_config[self.prior_adapter])
         config.inference_mode, config.lora_dropout = False, 0.0
+        config.base_model_name_or_path = self.model.name_or_path
         self.model.add_adapter("policy", config)
-        tensors = adapter_tensors(self.model, self.prior_adapter)
-        peft.set_peft_model_state_dict(self.model, tensors, "policy")
+        peft.set_peft_model_state_dict(self.model, adapter_tensors(self.model, self.prior_adapter), "policy")
         self.model.requires_grad_(False).eval()
         self.model.set_adapter("policy")
 
@@ -681,7 +688,8 @@ class Policy:
         prior)
 
         prompt_ids (P,); outputs: n LongTensors (T_i,) as `sample` returns them. An end token counts like any
-        other token. A truncated output has no end token, so its log-probability is that of its tokens. With
+        other token. A truncated output has none. It is an outcome like any other, with the probability of its
+        tokens and the reward of its text. With
         `outputs_per_forward` the outputs go in chunks, and the backward computes each chunk again, so that
         only one chunk's activations exist at a time.
         """
@@ -699,14 +707,13 @@ class Policy:
         ids, real = pad_right(outputs, self.device)  # (c, T); a causal model needs no mask for right padding
         cache = None
         before = prompt
-        if self.shares_prompt and prompt.shape[1] > 3:
+        if self.shares_prompt and prompt.shape[1] > 1:
             # Only to save time: the prompt is computed once, and its keys and values are repeated for each
-            # output. At 512 + 48 tokens and n = 32 an update is 14 times faster. The last prompt token must
-            # be fed with each output, because its logits predict the output's first token. The one before
-            # comes along, so that no forward has a single token: bitsandbytes has no gradient for those.
-            _, cache = self._forward(model, prompt[:, :-2], 1, use_cache=True)
+            # output. At 512 + 48 tokens and n = 32 an update was 14 times faster on two CPU cores. The last
+            # prompt token is fed with each output, because its logits predict the output's first token.
+            _, cache = self._forward(model, prompt[:, :-1], 1, use_cache=True)
             cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long))  # its one row, c times
-            before = prompt[:, -2:]
+            before = prompt[:, -1:]
         inputs = torch.cat([before.expand(len(ids), -1), ids[:, :-1]], 1)  # its last T predict the output
         logits, _ = self._forward(model, inputs, ids.shape[1], cache, cache is not None)  # (c, T, V)
         return torch.where(real, self._token_log_probs(logits, ids), 0.0).sum(-1)
@@ -796,11 +803,12 @@ class Policy:
             # PiSSA, OLoRA and their kind change the base when an adapter is added.
             same = self._agree(self.log_prob(prompt, outputs[:1], prior), before[:1], 1e-3)
             refuse_if(not same, f"--model: its adapter changes {self.name} itself; merge it into its base")
-        # In a batch the short output has five tokens of padding behind it, which a causal model does not see.
+        # In a batch the short output has padding behind it, which a causal model does not see.
         causal = self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
         _, cache = self._forward(self.model, prompt[None].to(self.device), 1, use_cache=True)
-        # Only keys and values can be shared, not recurrent states. A DummyLayer reads those of another layer.
+        # Only keys and values can be shared, not recurrent states. A DummyLayer has none of its own: it reads
+        # the keys and values of another layer. Sharing and copying are tried, and kept if the numbers agree.
         kinds = {type(layer) for layer in getattr(cache, "layers", [])}
         if type(cache) is DynamicCache and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
             self.shares_prompt = True
@@ -839,8 +847,8 @@ def add_adapter(model, rank, alpha):
         layers = {name: type(x).__name__ for name, x in model.named_modules() if x not in head}
         linear = [name for name, kind in layers.items() if kind in ("Linear", "Linear4bit", "Conv1D")]
         targets = [name for name in linear if not re.search(r"(mamba|mixer).*\.out_proj$", name)]
-    # LoRA's B starts at zero, so q_theta = p at step 0. Dropout in the adapter would break that in the first
-    # update.
+    # LoRA's B starts at zero, so q_theta = p at step 0. The adapter's dropout stays at its default, 0: with
+    # dropout, beta_hat would be noise as soon as B is not zero.
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, config, "policy")
 
@@ -899,8 +907,9 @@ def load_model(kind, name, flag_name, **arguments):
     options = {"output_loading_info": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     with library_errors(flag_name, name):
         model, info = kind.from_pretrained(source, **options, **arguments)
-    kinds = ("missing_keys", "mismatched_keys", "unexpected_keys")[: 2 if source else 3]
-    wrong = sorted(str(parameter) for kind in kinds for parameter in info[kind])
+    # A bare checkpoint must also have no parameter left over.
+    problems = ("missing_keys", "mismatched_keys", "unexpected_keys")[: 2 if source else 3]
+    wrong = sorted(str(parameter) for problem in problems for parameter in info[problem])
     refuse_if(wrong, f"{flag_name} {name}: {len(wrong)} parameters do not fit, such as {wrong[:1]}")
     return model
 
@@ -949,7 +958,7 @@ class RewardModel:
     """r(x, y) from a sequence classifier that reads a filled template.
 
     A decoder is read at the last token of that text, an encoder by its own head. A truncated output is read
-    as if it were complete; `ended` in the metrics tells how many are not.
+    as if it were complete; `ended` in the metrics is the share of those that are.
 
     model      a transformers *ForSequenceClassification. With one label, r is its score. With more, r is the
                log-odds of `label`: its logit minus the logsumexp of the others (section 5, eq. 15).
@@ -1115,8 +1124,7 @@ def load_prompts(rows, policy, settings, split, reward):
     """-> the Examples of a split. Prompts that are empty, or too long for the policy or the reward model, are
     left out and counted. UserError if none is left."""
     room = context_of(policy.model.config) - settings.max_new_tokens
-    known = [name for name in GOLD_COLUMNS if name in rows.column_names and any(map(is_text, rows[name]))]
-    gold = known[0] if known else None
+    gold = next((x for x in GOLD_COLUMNS if x in rows.column_names and any(map(is_text, rows[x]))), None)
     pairs = split == "train" and METHODS[settings.method].source == "data"
     examples = []
     for number in tqdm(range(len(rows)), desc=f"{split}: reading", leave=False):
@@ -1139,7 +1147,7 @@ def make_example(number, row, gold_column, needs_pair, tokenizer, settings):
     if isinstance(prompt, str) and gold_column and is_messages(row[gold_column]):
         prompt = [{"role": "user", "content": prompt}]  # answers are messages, so the prompt is one too
     text = prompt
-    if not isinstance(prompt, str):  # the table has filled in keys that a message lacks with null
+    if not isinstance(prompt, str):  # `datasets` fills the keys that a message lacks with null
         prompt = [{key: x for key, x in message.items() if x is not None} for message in prompt]
         text = chat(tokenizer, prompt, f"--dataset row {number + 1}, --model", row.get("tools"))
     ids = encode(tokenizer, text)
@@ -1183,8 +1191,8 @@ def answer_text(prompt, answer):
 def split_pair(row):
     """A row of preferences whose `chosen` and `rejected` begin alike: their beginning belongs to the prompt.
 
-    For messages that is all that they have in common, for text what ends in the last cue, "Assistant:" or
-    "TL;DR:". A part of each answer is always left.
+    For messages the whole common beginning moves there; for text, only up to its last cue, "Assistant:" or
+    "TL;DR:". Something of each answer is always left.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     differ = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
@@ -1247,14 +1255,15 @@ def check_rows(rows, at, method, split):
     without text."""
     pairs = METHODS[method].source == "data"
     names = ["prompt", "chosen", "rejected"] if pairs and split == "train" else ["prompt"]
-    splits = {"chosen", "rejected"} <= set(rows.column_names) and (pairs or "prompt" not in rows.column_names)
-    if "prompt" not in rows.column_names and splits:
+    columns = set(rows.column_names)
+    split_them = {"chosen", "rejected"} <= columns and (pairs or "prompt" not in columns)
+    if split_them and "prompt" not in columns:
         names = ["chosen", "rejected"]
     for name in names:
-        refuse_if(name not in rows.column_names, f"{at} has no column {name}, only {rows.column_names}")
+        refuse_if(name not in columns, f"{at} has no column {name}, only {rows.column_names}")
         for i, value in enumerate(rows[name]):
             refuse_if(not is_text(value), f"{at}, row {i + 1}: {name} is not text or messages: {value!s:.40}")
-    return rows.map(split_pair) if splits else rows
+    return rows.map(split_pair) if split_them else rows
 
 
 # ------------------------------------------------------------------------------------------
@@ -1303,10 +1312,9 @@ def evaluate(drawn, reward, settings):
 
 # ------------------------------------------------------------------------------------------
 # 8. The run directory
-
 #
 #     config.json               the settings, and versions of the libraries
-#     metrics.jsonl             a line for each update, each evaluation, and the samples of each round
+#     metrics.jsonl             a line for each update, each evaluation, and each round's draws of q'
 #     samples.jsonl             D_t, a line for each output
 #     validation_outputs.jsonl  the outputs of every evaluation
 #     test_outputs.jsonl        those of the final evaluation on the test split
@@ -1342,18 +1350,21 @@ class Run:
 
     A run can be killed at any moment and resumed. The last checkpoint has the trained parameters, AdamW's
     state, the number of updates, D_t, and how long the logs were. It is written after each evaluation and
-    after the sampling of each round. On resuming, the logs are cut to that length. What was lost comes again,
-    the same, because every random number follows from (seed, purpose, indices).
+    after the sampling of each round. On resuming, the logs are cut to that length. What was lost is computed
+    again, and on a CPU it is the same, because every random number follows from (seed, purpose, indices).
+
+    The policy with the best validation score by --select-by is kept, of equal ones the later, also that of
+    update 0. At the end it is tested and saved.
     """
 
     def __init__(self, settings, reward, data):
         """Creates the directory, with config.json: the settings, and versions that numbers depend on."""
         self.settings, self.reward, self.data = settings, reward, data
         self.path = Path(settings.output_dir or time.strftime(f"runs/{settings.method}-%Y%m%d-%H%M%S"))
-        self.path.mkdir(parents=True, exist_ok=True)
         if settings.overwrite:
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
             shutil.rmtree(self.path / "model", ignore_errors=True)
+        (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
         versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
         config = json.dumps(dataclasses.asdict(settings) | versions, indent=1)
         (self.path / "unfinished.json").write_text(config + "\n")
@@ -1429,9 +1440,9 @@ class Run:
         """The trained parameters and `state` as checkpoint/name, written beside and renamed, so that the file
         is whole or not there."""
         directory = self.path / "checkpoint"
-        directory.mkdir(exist_ok=True)
         state["parameters"] = {name: p.detach() for name, p in self.policy.parameters().items()}
-        torch.save(state, directory / "unfinished")
+        with library_errors("--resume once the disk has room:", str(directory)):
+            torch.save(state, directory / "unfinished")
         (directory / "unfinished").replace(directory / name)
 
     def load(self, name):
@@ -1529,7 +1540,8 @@ def setting(default, text, choices=None, lowest=-math.inf, below=math.inf):
 
 @dataclasses.dataclass
 class Settings:
-    """Every setting, once. (paper) marks the values of section 8 and appendix B.2; the others are ours."""
+    """Every setting, once. (paper) marks the values of section 8 and appendix B.2; the others are ours
+    (departure 5)."""
 
     # the policy and its prior
     model: str = setting("toy", "toy, or a causal LM or LoRA adapter: hub name or directory")
@@ -1624,8 +1636,8 @@ def settings_of_run(typed):
     """The settings of the run in --output-dir, or {}. Refuses a directory that must not be touched."""
     path = Path(typed.output_dir or "runs")
     above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    writable = above.is_dir() and os.access(above, os.W_OK)
-    refuse_if(not writable, f"--output-dir {path}: cannot be written; name another directory")
+    # A file in its place lacks X_OK.
+    refuse_if(not os.access(above, os.W_OK | os.X_OK), f"--output-dir {path}: cannot be written to")
     config = path / "config.json"
     before = json.loads(config.read_text()) if config.is_file() else {}
     is_run = "samples_per_prompt" in before  # a saved model has a config.json, too
@@ -1741,16 +1753,16 @@ def execute(s):
 
 def main(argv=None):
     """-> exit code: 0, or 2 for what the user can fix, with one line on stderr"""
-    logging.disable(logging.ERROR)  # of the libraries; `load_model` refuses what matters of it
+    logging.disable(logging.ERROR)  # of other libraries. `load_model` refuses what matters in their warnings.
     transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)  # of one library about another
+    warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other's future
     try:
         execute(parse(sys.argv[1:] if argv is None else list(map(str, argv))))
         return 0
     except UserError as error:
         print(f"brain: {error}", file=sys.stderr)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        print(f"brain: {error}; resume with lower --learning-rate or --outputs-per-forward", file=sys.stderr)
+        print(f"brain: {error}; --resume may have another --outputs-per-forward or rate", file=sys.stderr)
     return 2
 
 

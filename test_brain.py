@@ -752,7 +752,7 @@ def test_the_prompt_is_computed_once_and_memory_does_not_grow_with_n():
     policy.model.register_forward_pre_hook(note, with_kwargs=True)
     policy.model.lm_head.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
     keep = lambda x: saved.append(x.dim() >= 3) or x  # noqa: E731
-    for policy.outputs_per_forward, expected in ((None, [(1, 5), (8, 6)]), (2, [(1, 5), (2, 6)] * 4)):
+    for policy.outputs_per_forward, expected in ((None, [(1, 6), (8, 5)]), (2, [(1, 6), (2, 5)] * 4)):
         del shapes[:], read[:], saved[:]
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             log_q = policy.log_prob(X, outputs)
@@ -2165,6 +2165,42 @@ def test_the_papers_dialogue_command(hub, tmp_path, monkeypatch, capsys):
             assert found.tolist() == pytest.approx(by_hand, abs=2e-3)
     assert jsonl(run / "metrics.jsonl")[-1]["step"] == 2 and len(drawn[-1]) == 2
     assert max((x.log_p - x.log_q_proposal).abs().max() for x in drawn[-1]) > 0.02
+
+
+def test_an_adapter_on_a_base_in_4_bits(mine, tmp_path, monkeypatch):
+    """Wrong: the base in full precision; a forward of a single token, which has no gradient there; an adapter
+    that names the base that its prior named, not the one that was used."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(mine)
+    sizes = LLAMA | dict(hidden_size=64, intermediate_size=128, vocab_size=10, eos_token_id=0)
+    base = loud(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), 3, 0.15)
+    base.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    transformers.AutoTokenizer.from_pretrained(mine / "model").save_pretrained(tmp_path / "adapter")
+    jsonl(tmp_path / "short.jsonl", [{"prompt": text} for text in ("a", "ab", "abc", "abcd", "abcde") * 4])
+    moved = {}
+    update = brain.update
+
+    def seen(policy, *arguments):
+        metrics = update(policy, *arguments)
+        gradients = {name: p.grad.abs().sum().item() for name, p in policy.parameters().items()}
+        moved.update({name: moved.get(name, 0) + size for name, size in gradients.items()})
+        bases = [x for name, x in policy.model.named_modules() if name.endswith("base_layer")]
+        assert bases and all(type(x).__name__ == "Linear4bit" for x in bases)
+        return metrics
+
+    monkeypatch.setattr(brain, "update", seen)
+    names = {name: str(tmp_path / name) for name in ("adapter", "base", "short.jsonl", "run")}
+    words = good(
+        model=names["adapter"], base_model=names["base"], dataset=names["short.jsonl"],
+        output_dir=names["run"], load_in_4bit=True, outputs_per_forward=1, max_new_tokens=2, lora_rank=2, iterations=1, batch_size=4,
+        updates_per_iteration=4, learning_rate=1e-3,
+    )  # fmt: skip
+    assert brain.main(words) == 0
+    assert moved and min(moved.values()) > 0
+    saved = peft.PeftConfig.from_pretrained(tmp_path / "run" / "model")
+    assert saved.base_model_name_or_path == str(tmp_path / "base")
 
 
 def test_ones_own_model_learns(mine, tmp_path, monkeypatch, capsys):
