@@ -2194,8 +2194,8 @@ def test_an_adapter_on_a_base_in_4_bits(mine, tmp_path, monkeypatch):
     names = {name: str(tmp_path / name) for name in ("adapter", "base", "short.jsonl", "run")}
     words = good(
         model=names["adapter"], base_model=names["base"], dataset=names["short.jsonl"],
-        output_dir=names["run"], load_in_4bit=True, outputs_per_forward=1, max_new_tokens=2, lora_rank=2, iterations=1, batch_size=4,
-        updates_per_iteration=4, learning_rate=1e-3,
+        output_dir=names["run"], load_in_4bit=True, outputs_per_forward=1, max_new_tokens=2, lora_rank=2,
+        iterations=1, batch_size=4, updates_per_iteration=4, learning_rate=1e-3,
     )  # fmt: skip
     assert brain.main(words) == 0
     assert moved and min(moved.values()) > 0
