@@ -1329,7 +1329,7 @@ PANELS = {  # of report.png: title, and the metrics that it shows
     "D_n on held-out prompts, and the loss on D_t, nats": ["self_normalized_kl", "loss"],
     "Win-rate of the policy against the gold answers, %": ["win_rate"],
     "Reward of the policy, and its KL to the prior": ["reward", "kl_to_prior"],
-    "Effective sample sizes of the updates": ["ess_alpha", "ess_beta"],
+    "Effective sample sizes of the updates (at most n)": ["ess_alpha", "ess_beta"],
 }
 
 
@@ -1490,14 +1490,16 @@ class Run:
         import matplotlib.pyplot as plt
         import pandas
 
-        plt.switch_backend("agg")
         lines = pandas.read_json(self.path / "metrics.jsonl", lines=True).set_index("step")
         evaluations = lines[lines["split"] == "validation"]
+        rounds = range(0, self.k * self.settings.iterations + 1, self.k)
         figure, axes = plt.subplots(1, len(PANELS), figsize=(25, 5), layout="constrained")
         for axis, (title, names) in zip(axes, PANELS.items()):
+            # Updates log some of these names, too. The grid is the rounds. Between evaluations lines are
+            # straight.
             shown = lines if names[-1] in ("loss", "ess_beta") else evaluations
-            rounds = range(0, self.k * self.settings.iterations + 1, self.k)
-            shown.reindex(columns=names).plot(ax=axis, title=title, marker=".", xticks=rounds, grid=True)
+            look = {"grid": True, "marker": ".", "markersize": 3, "style": {"log_evidence": "--"}}
+            shown.reindex(columns=names).interpolate().plot(ax=axis, title=title, xticks=rounds, **look)
             axis.axvline(self.kept, color="black", linestyle=":", label=f"kept: update {self.kept}")
             axis.legend()
         figure.savefig(self.path / "report.png", dpi=100)

@@ -1687,7 +1687,11 @@ def test_report(gold, small_toy, monkeypatch, tmp_path):
     for name, points in shown.items():
         of = "loss" if name in ("loss", "ess_alpha", "ess_beta") else "kept"  # of updates, or of validation
         expected = [[line["step"], line[name]] for line in metrics if of in line and name in line]
-        np.testing.assert_allclose(points, np.reshape(expected, (-1, 2)), rtol=1e-9)
+        assert len(points) >= len(expected)
+        for point in expected:  # beside other rows a line is straight
+            assert np.isclose(points, point, rtol=1e-9).all(1).any(), (name, point)
+        if of == "kept" and name != "self_normalized_kl":
+            np.testing.assert_allclose(points, np.reshape(expected, (-1, 2)), rtol=1e-9)
     assert len(shown) == 9 and (not gold or all(map(len, shown.values())))
 
 
