@@ -5,16 +5,15 @@ answers.
     python -m toy.judge RUN gold         the same against the gold answers
     python -m toy.judge RUN_A RUN_B --model NAME --url http://localhost:8000/v1 --task summary --limit 500
 
-A run is an output directory of brain.py; its test_outputs.jsonl is read. A policy can win by the reward that
-it was trained on without being better. So the paper also asks Mixtral-8x7B (Table 1) and GPT-4 (Table 2).
-Here the judge is any model behind an OpenAI-compatible endpoint. The environment variable OPENAI_API_KEY is
-sent to --url alone.
+A run is an output directory of brain.py. Of each row of its test_outputs.jsonl, the first output is compared.
+A policy can win by the reward that it was trained on without being better. So the paper also asks
+Mixtral-8x7B (Table 1) and GPT-4 (Table 2). Here the judge is any model behind an OpenAI-compatible endpoint.
+The environment variable OPENAI_API_KEY is sent to --url alone.
 
 Each verdict is saved at once, in RUN_A/judge-*.jsonl. The same command continues after an interruption. The
 file's name depends on all that could change a verdict, so verdicts of two kinds never mix. Departures from
 the paper:
-1. The instructions ask for what appendix B.3 asks for, in other words. Give the paper's wording with --prompt
-FILE.
+1. The instructions paraphrase appendix B.3. Give the paper's wording with --prompt FILE.
 2. The seed decides for each example which answer is called A, because judges favour a place.
 3. The last verdict in a reply counts, because judges repeat the instruction.
 4. Replies without a verdict, and questions without a reply, are counted and left out of N.
@@ -33,6 +32,9 @@ import sys
 from collections import defaultdict, deque
 from pathlib import Path
 from time import sleep
+
+from huggingface_hub import InferenceClient, constants
+from tqdm import tqdm
 
 INSTRUCTION = """\
 Two assistants, A and B, have each written %s. Be a neutral referee and say which one is better%s.
@@ -95,21 +97,24 @@ def is_prompt(value):
     return all(isinstance(m, dict) and type(m.get("role")) is type(m.get("content")) is str for m in messages)
 
 
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
 def read_run(name, gold):
-    """[(place, prompt, output, reward)] of NAME/test_outputs.jsonl; with `gold`, of its gold answers."""
+    """[(place, prompt, output, reward)] of the first output of each row; with `gold`, of its gold answer."""
     path = Path(name, "test_outputs.jsonl")
     if not path.is_file():
         stop(f"{path}: no such file; give the output directory of a finished run, or the word gold")
     answer, reward = ("gold", "gold_reward") if gold else ("output", "reward")
-    rows = []
+    rows = {}
     for place, row in json_lines(path, path.read_bytes()):
-        is_number = type(row.get(reward)) in (int, float) and abs(row[reward]) < math.inf
-        is_text = type(row.get(answer)) is str
-        right = {"prompt": is_prompt(row.get("prompt")), answer: is_text, reward: is_number}
+        right = {"row": type(row.get("row")) is int, "prompt": is_prompt(row.get("prompt"))}
+        right |= {answer: type(row.get(answer)) is str, reward: is_number(row.get(reward))}
         for key in (key for key in right if not right[key]):
             stop(f"{place}: {key!r} is missing or not of its kind; evaluate that run again")
-        rows.append((place, row["prompt"], row[answer], row[reward]))
-    return rows or stop(f"{path}: holds no examples; evaluate that run first")
+        rows.setdefault(row["row"], (place, row["prompt"], row[answer], row[reward]))
+    return list(rows.values()) or stop(f"{path}: holds no examples; evaluate that run first")
 
 
 def pair_up(rows_a, rows_b):
@@ -125,6 +130,19 @@ def pair_up(rows_a, rows_b):
     if alone:
         stop(f"{alone[0][0]}: the other run lacks this prompt; evaluate both on the same prompts")
     return pairs
+
+
+def read_evidence(run):
+    """A line about the last test in RUN/metrics.jsonl, or None if the numbers for it are not there."""
+    path = Path(run, "metrics.jsonl")
+    lines = json_lines(path, path.read_bytes()) if path.is_file() else []
+    tests = [line for _, line in lines if line.get("split") == "test"]
+    keys = ("elbo", "elbo_standard_error", "log_evidence", "log_evidence_standard_error")
+    if not tests or not all(is_number(tests[-1].get(key)) for key in keys):
+        return None
+    elbo, elbo_error, evidence, evidence_error = (tests[-1][key] for key in keys)
+    told = f"elbo {elbo:.3f} (standard error {elbo_error:.3f}), log_evidence {evidence:.3f}"
+    return f"{run}: {told} (standard error {evidence_error:.3f}), gap {evidence - elbo:.3f}"
 
 
 # ------------------------------------------------------------------ the numbers
@@ -166,8 +184,6 @@ def read_verdict(reply):
 
 def make_client(url, timeout):
     """(client, key)"""
-    from huggingface_hub import InferenceClient, constants
-
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):  # the client's error would show the key
         stop("OPENAI_API_KEY holds characters that no header can carry; set it again")
@@ -183,9 +199,9 @@ def ask(client, key, text, args):
         return text.replace(key, "***") if key else text
 
     messages = [{"role": "user", "content": text}]
+    settings = {"model": args.model, "max_tokens": args.max_tokens, "temperature": 0}
     for attempt in range(RETRIES + 1):
         try:
-            settings = dict(model=args.model, max_tokens=args.max_tokens, temperature=0)
             answer = client.chat_completion(messages, **settings)
             return hide(str(answer.choices[0].message.content or "")), None
         except Exception as error:  # whatever a server can do: refuse, hang, die, send no JSON or no reply
@@ -223,18 +239,11 @@ def read_verdicts(path):
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(path, whole)
-    records = {}
-    for place, record in json_lines(path, data[:whole]):
-        if not {"index", "winner", "error"} <= set(record):
-            stop(f"{place}: not a verdict; remove this line")
-        records[record["index"]] = record
-    return records
+    return {record["index"]: record for _, record in json_lines(path, data[:whole])}
 
 
 def judge(args, pairs, path):
     """Ask about each pair that is not in the file yet. -> ({index: record}, number still without a reply)"""
-    from tqdm import tqdm
-
     client, key = make_client(args.url, args.timeout)
     coins = random.Random(args.seed)
     swaps = [coins.random() < 0.5 for _ in pairs]  # drawn for all: --limit and a restart change none of them
@@ -281,9 +290,8 @@ def arguments(argv):
     args = parser.parse_args(argv)
     if args.run_a == args.run_b == "gold":
         stop("RUN_A and RUN_B are both gold; give at least one run")
-    for name in ("limit", "max_tokens", "timeout"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            stop(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        stop(f"--limit {args.limit}: must be at least 1")
     if args.model is None and (args.url or args.prompt):
         stop("--url and --prompt are for a judge; add --model NAME, or leave them out")
     if args.model is not None and not (args.url or "").startswith(("http://", "https://")):
@@ -298,7 +306,7 @@ def arguments(argv):
 
 
 def compare(args):
-    """Both runs by reward, then by the judge."""
+    """Both runs by reward, then by the judge, then by their distance to the posterior."""
     sides = (args.run_a, args.run_b), (args.run_b, args.run_a)
     pairs = pair_up(*[read_run(other if run == "gold" else run, run == "gold") for run, other in sides])
     few = pairs[: args.limit]
@@ -313,8 +321,7 @@ def compare(args):
         print(report(args.model, winners[args.model]))
         failed = sum(record["error"] is not None for record in records)
         unparsable = sum(record["winner"] is None for record in records) - failed
-        print(f"not in N: {unparsable} unparsable replies, {failed + again} without a reply"
-              + f" (the same command asks {again} of them again)" * (again > 0))  # fmt: skip
+        print(f"not in N: {unparsable} unparsable replies, {failed + again} without a reply")
         print("Only the paper's wording (appendix B.3, with --prompt FILE) compares with the paper's tables.")
     for judge_name, names in winners.items():
         ahead, behind = names.count("RUN_A"), names.count("RUN_B")
@@ -322,6 +329,11 @@ def compare(args):
         sure = abs(ahead - behind) > 1.96 * math.sqrt(ahead + behind)
         told = "neither surely wins" if not sure else f"{args.run_a if ahead > behind else args.run_b} wins"
         print(f"By {judge_name}, {told}: {ahead} wins against {behind}.")
+    evidence = [read_evidence(run) for run in (args.run_a, args.run_b) if run != "gold"]
+    if len(evidence) == 2 and all(evidence):
+        print(*evidence, sep="\n")
+        print("The gap is a lower bound of KL(policy || posterior); ", end="")
+        print("only runs with the same reward, beta and data can be compared.")
 
 
 def main(argv=None):

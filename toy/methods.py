@@ -5,8 +5,8 @@
 
 At toy scale these are Tables 1 and 3, Figure 2 (n = 2 to 32 outputs per prompt), section 9.3 (no baseline)
 and 9.5 (fixed proposal), for a mild and a sharp reward. They go through `brain.train`. RLOO and GRPO, which
-users of TRL train with today, stand beside them. All numbers but the last two are sums over every output.
-Intervals are Student's t at 95% over seeds.
+users of TRL train with today, stand beside them. Intervals are Student's t at 95% over seeds.
+All numbers but these two are sums over every output:
 
     elbo gap   log_evidence - elbo of n = 32 draws per prompt: what a run on a real model could measure.
                It estimates KL(it || posterior).
@@ -27,20 +27,20 @@ A win-rate does not say which method is near the posterior. KL(posterior || poli
 import argparse
 import functools
 import multiprocessing
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import transformers
 
+import brain
 from toy.world import Toy, chance_to_win, kl
 
 REWARDS = {"mild": 2.0, "sharp": 4.5}  # standard deviation of the reward under the prior
-NUMBERS = (
-    "KL(posterior || it)", "KL(it || posterior)", "elbo gap", "KL(it || prior)", "E[r]", "win-rate %",
-)  # fmt: skip
+NUMBERS = ("KL(posterior || it)", "KL(it || posterior)", "elbo gap", "KL(it || prior)", "E[r]", "win-rate %")
 KL_POSTERIOR, KL_BACK, GAP, KL_PRIOR, REWARD, WIN = range(6)
 PAPER = {  # method: (where, Train RM win-rates of AnthropicHH and TL;DR as printed)
     "dpo": ("Table 1", "54.60", "86.72"),
@@ -53,7 +53,6 @@ PAPER = {  # method: (where, Train RM win-rates of AnthropicHH and TL;DR as prin
 }
 ONLINE = ("rloo", "grpo")  # not in the paper
 ROWS = (*PAPER, *ONLINE)
-LABELS = "win-rate against the prior, %", "KL(posterior || policy), nats"  # of the pictures' axes
 SWEPT = ("brain", "dpo-sft")  # Figure 2
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # by seeds
 
@@ -79,7 +78,6 @@ class Plan:
         return self.iterations * self.updates_per_iteration
 
 
-FULL = Plan()
 QUICK = Plan(
     letters=3, length=2, prompts=4, iterations=2, prompts_per_iteration=4, updates_per_iteration=2,
     batch_size=2, sizes=(2, 8), rates=(1e-3, 3e-3), seeds=(0, 1), search_seeds=(100,),
@@ -98,7 +96,7 @@ class Job(NamedTuple):
 
 # --------------------------------------------------------------------------------- one run
 class InMemory:
-    """What `brain.train` asks of a run, with nothing written to disk."""
+    """What `brain.train` asks of a run. Nothing is written to disk."""
 
     def __init__(self, settings):
         self.k = settings.updates_per_iteration
@@ -118,10 +116,6 @@ class InMemory:
 
 def token_log_probs(model, samples):
     """log-probability of each token of n outputs, and which of them are real. -> (n, T), (n, T)"""
-    import torch
-
-    import brain
-
     outputs, real = brain.pad_right(samples.outputs, "cpu")
     whole = torch.cat([samples.example.ids.expand(len(outputs), -1), outputs], 1)
     logits = model(input_ids=whole[:, :-1]).logits[:, -outputs.shape[1] :]
@@ -132,8 +126,6 @@ def token_log_probs(model, samples):
 def online_loss(method, rewards, real, log_q, old, log_p, beta=1.0, clip=0.2):
     """TRL's loss of RLOO and of GRPO for n outputs of one prompt, from rewards (n,) and the log-probabilities
     (n, T) of their tokens: of the policy, of the policy that drew them, of the prior."""
-    import torch
-
     n = len(log_q)
     if method == "rloo":  # the KL is in the reward; the ratio is that of whole outputs
         rewards = rewards - beta * (old - log_p).sum(-1)
@@ -149,11 +141,6 @@ def online_loss(method, rewards, real, log_q, old, log_p, beta=1.0, clip=0.2):
 
 def train_online(method, policy, reward, data, settings):
     """RLOO or GRPO with as many rounds, samples and updates as `brain.train` makes of the same settings."""
-    import torch
-    import transformers
-
-    import brain
-
     k, total = settings.updates_per_iteration, settings.iterations * settings.updates_per_iteration
     optimizer = torch.optim.AdamW(policy.parameters().values(), settings.learning_rate, weight_decay=0.0)
     scheduler = transformers.get_scheduler("linear", optimizer, 0, total)
@@ -196,11 +183,6 @@ def numbers(toy, log, seed=0):
 
 def train_once(plan, job):
     """-> (NUMBERS of the end, outputs drawn). Everything random comes from job.seed."""
-    import torch
-    import transformers
-
-    import brain
-
     torch.set_num_threads(1)  # tensors are tiny, and sums in another order are other numbers
     transformers.utils.logging.set_verbosity_error()
     size = dict(letters=plan.letters, length=plan.length, prompts=plan.prompts)
@@ -209,10 +191,9 @@ def train_once(plan, job):
         return numbers(toy, toy.log_p if job.method == "prior" else toy.log_posterior), 0
     names = ("iterations", "prompts_per_iteration", "updates_per_iteration", "batch_size")
     typed = {name: getattr(plan, name) for name in names}
-    typed |= {"max_new_tokens": plan.length, "max_prompt_tokens": 2}
+    typed |= {"samples_per_prompt": job.n, "max_new_tokens": plan.length, "max_prompt_tokens": 2}
     method = "brain" if job.method in ONLINE else job.method  # for the online ones it decides nothing
     typed |= {"method": method, "learning_rate": job.rate, "seed": job.seed, "goodness": "bradley-terry"}
-    typed |= {"samples_per_prompt": 2 if job.method == "dpo" else job.n}  # a pair is what the data has
     settings = brain.parse([word for name, value in typed.items() for word in (brain.flag(name), str(value))])
     # As many rows as a run samples for in all: DPO's human pairs need not come twice.
     rows = toy.world.rows(toy.log_p, plan.iterations * plan.prompts_per_iteration // plan.prompts, job.seed)
@@ -236,11 +217,11 @@ def train_once(plan, job):
 
 # --------------------------------------------------------------------------------- all runs
 def run_all(plan, jobs, pool):
-    """{job: (NUMBERS, drawn)}, in whatever processes: a run depends on its job alone."""
-    jobs, results = list(dict.fromkeys(jobs)), {}
-    for job, result in zip(jobs, pool.imap(functools.partial(train_once, plan), jobs)):
-        results[job] = result
-    return results
+    """{key: [Job]} -> {key: NUMBERS (seeds, 6)}, {key: outputs drawn}. A run depends on its job alone."""
+    once = list(dict.fromkeys(job for some in jobs.values() for job in some))
+    found = dict(zip(once, pool.imap(functools.partial(train_once, plan), once)))
+    results = {key: np.array([found[job][0] for job in some]) for key, some in jobs.items()}
+    return results, {key: found[some[0]][1] for key, some in jobs.items()}
 
 
 def choose_rates(plan, pool):
@@ -248,8 +229,7 @@ def choose_rates(plan, pool):
     n = plan.sizes[-1]
     grid = [(reward, method, rate) for reward in REWARDS for method in ROWS for rate in plan.rates]
     jobs = {g: [Job(*g[:2], n, g[2], seed) for seed in plan.search_seeds] for g in grid}
-    found = run_all(plan, [job for some in jobs.values() for job in some], pool)
-    means = {g: np.mean([found[job][0] for job in some], 0) for g, some in jobs.items()}
+    means = {g: found.mean(0) for g, found in run_all(plan, jobs, pool)[0].items()}
     seeds = ", ".join(map(str, plan.search_seeds))
     print("Learning rates: of each method and reward the one (*) with the highest win-rate, on seeds not")
     print(f"reported below ({seeds}). Cells: win-rate (KL(posterior || it), which is not looked at)")
@@ -265,14 +245,12 @@ def choose_rates(plan, pool):
 
 
 def measure(plan, rates, pool):
-    """({(reward, method, n): NUMBERS (seeds, 4)}, {(method, n): outputs drawn}) for tables and pictures."""
+    """What `run_all` returns, by (reward, method, n), for tables and pictures."""
     n = plan.sizes[-1]
     wanted = [(reward, method, n) for reward in REWARDS for method in ("prior", *ROWS, "posterior")]
     wanted += [(reward, method, size) for reward in REWARDS for method in SWEPT for size in plan.sizes]
     jobs = {w: [Job(*w, rates.get(w[:2], 0.0), seed) for seed in plan.seeds] for w in wanted}
-    found = run_all(plan, [job for some in jobs.values() for job in some], pool)
-    drawn = {w[1:]: found[some[0]][1] for w, some in jobs.items()}
-    return {w: np.array([found[job][0] for job in some]) for w, some in jobs.items()}, drawn
+    return run_all(plan, jobs, pool)
 
 
 # --------------------------------------------------------------------------------- what is printed
@@ -293,9 +271,8 @@ def print_tables(plan, results, drawn):
             cells = [f"{mean:.2f} ± {half:.2f}" for mean, half in zip(*interval(results[reward, method, n]))]
             where, hh, tldr = PAPER.get(method, ("", "", ""))
             line = f"{method:18}" + "".join(f"{cell:>21}" for cell in cells)
-            print(f"{line}{drawn[method, n]:>8}{hh:>12}{tldr:>7}  {where}".rstrip())
-    ends = " and ".join(f"{method} {PAPER[method][1]}" for method in SWEPT)
-    print(f"\nFigure 2 (the paper prints AnthropicHH at n = 32 alone: {ends})")
+            print(f"{line}{drawn[reward, method, n]:>8}{hh:>12}{tldr:>7}  {where}".rstrip())
+    print("\nFigure 2")
     columns = [(method, i) for method in SWEPT for i in (WIN, KL_POSTERIOR)]
     print(f"{'':7}{'n':>3}" + "".join(f"{method + ': ' + NUMBERS[i]:>30}" for method, i in columns))
     for reward in REWARDS:
@@ -368,11 +345,9 @@ def print_conclusion(plan, results):
 # --------------------------------------------------------------------------------- pictures
 def draw_methods(plan, results, path):
     """Win-rate and KL(posterior || it) of each method, both rewards; vertical lines: prior and posterior."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("agg")
     n, names = plan.sizes[-1], list(ROWS)[::-1]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex="col", sharey=True, layout="constrained")
     for row, (reward, spread) in zip(axes, REWARDS.items()):
@@ -386,14 +361,13 @@ def draw_methods(plan, results, path):
             axis.set(yticks=range(len(names)), yticklabels=names)
             axis.set_title(f"{reward} reward (spread {spread:g}), n = {n}")
     axes[0, 0].legend(loc="lower left")
-    for axis, label in zip(axes[-1], LABELS):
-        axis.set_xlabel(label)
+    axes[1, 0].set_xlabel("win-rate against the prior, %")
+    axes[1, 1].set_xlabel("KL(posterior || policy), nats")
     figure.savefig(path, dpi=110)
 
 
 # --------------------------------------------------------------------------------- command line
 def main(argv=None):
-    """-> 0."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m toy.methods", description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -403,7 +377,7 @@ def main(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.figures:
         arguments.figures.mkdir(parents=True, exist_ok=True)
-    started, plan = time.perf_counter(), QUICK if arguments.quick else FULL
+    started, plan = time.perf_counter(), QUICK if arguments.quick else Plan()
     nothing = "--quick: the world is tiny, so these numbers mean nothing. They show that the program runs.\n"
     nothing *= arguments.quick
     print(nothing + "This shows how near each method comes to the exact posterior, and how often it wins.\n")
@@ -416,8 +390,7 @@ def main(argv=None):
         draw_methods(plan, results, arguments.figures / "methods.png")
     print_conclusion(plan, results)
     print(nothing + f"{time.perf_counter() - started:.0f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

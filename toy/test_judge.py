@@ -1,21 +1,17 @@
 """toy/judge.py: what is compared, what the judge reads, and what a bad server or an interruption may cost.
 
-A stand-in for the client of an endpoint answers. Each docstring names the wrong version that the test
-catches.
+A stand-in for an endpoint's client answers. Each docstring names the wrong version that the test catches.
 """
 
 import json
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace as Name
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from toy import judge  # noqa: E402
+from toy import judge
 
 TEMPLATE = "{{Conversation}}\n<A>{{AssistantA}}</A>\n<B>{{AssistantB}}</B>\n"
 KEY, MAKE_CLIENT = "sk-very-secret", judge.make_client
@@ -61,19 +57,21 @@ def server(monkeypatch):
     return server
 
 
-def write_run(path, rows):
-    """rows: (prompt, output, reward) or (prompt, output, reward, gold, gold_reward)."""
+def write_run(path, outputs, n=1):
+    """outputs: (prompt, output, reward) or (prompt, output, reward, gold, gold_reward). A row has n."""
     path.mkdir(parents=True, exist_ok=True)
-    keys = ("prompt", "output", "reward", "gold", "gold_reward")
-    lines = [json.dumps(dict(zip(keys, [*row, None, None]))) + "\n" for row in rows]
-    (path / "test_outputs.jsonl").write_text("".join(lines))
+    keys = ("row", "prompt", "output", "reward", "gold", "gold_reward")
+    lines = [json.dumps(dict(zip(keys, [i // n, *line, None, None]))) for i, line in enumerate(outputs)]
+    (path / "test_outputs.jsonl").write_text("\n".join(lines))
     return str(path)
 
 
-def two_runs(path, size=12):
-    """Run a's outputs hold "apple" and have rewards 0, 1, ..; run b's hold "berry" and have the reward 6."""
-    a = [(f"prompt {i} ", f" apple {i}", float(i)) for i in range(size)]
-    return write_run(path / "a", a), write_run(path / "b", [(row[0], f" berry {row[2]:g}", 6.0) for row in a])
+@pytest.fixture
+def runs(tmp_path):
+    """Run a's outputs hold "apple" and have rewards 0 to 11; run b's hold "berry" and have the reward 6."""
+    a = [(f"prompt {i} ", f" apple {i}", float(i), "golden", 6.0) for i in range(12)]
+    b = [(f"prompt {i} ", f" berry {i}", 6.0) for i in range(12)]
+    return write_run(tmp_path / "a", a), write_run(tmp_path / "b", b)
 
 
 @pytest.fixture
@@ -107,8 +105,7 @@ def verdicts(home):
 
 
 def test_reward_numbers_equal_numpy(run, tmp_path):
-    """Catches: ties as wins, sides exchanged, p(1 - p) for the variance where there are ties, 1.64 for
-    1.96."""
+    """Catches: ties as wins, sides exchanged, p(1 - p) for a variance with ties, 1.64 for 1.96."""
     random = np.random.default_rng(0)
     a, b = random.integers(0, 6, 200).astype(float), random.integers(0, 4, 200).astype(float)
     sides = [[(f"p{i}", "x", reward) for i, reward in enumerate(rewards)] for rewards in (a, b)]
@@ -133,10 +130,42 @@ def test_pairs_are_matched_by_prompt(run, server, tmp_path):
         assert (code, out, server.asked) == (2, "", []) and "test_outputs.jsonl:" in err
 
 
-GOOD = '{"prompt": "p", "output": "x\u2028", "reward": 1.0, "gold": null, "gold_reward": null}\n'
+def test_the_first_output_of_each_row_is_compared(run, server, tmp_path):
+    """Catches: all outputs of a row, its last or best one, one row of equal prompts, another text shown."""
+    rows = {
+        "a": [("p", (1.0, 6.0, -1.0)), ("q", (5.0, 6.0, -1.0)), ("p", (3.0, 6.0, -1.0))],
+        "b": [("q", (4.0, 7.0)), ("p", (0.0, 7.0)), ("p", (2.0, 7.0))],
+    }
+    for x, n in (("a", 3), ("b", 2)):
+        outputs = [(prompt, f"{i}th", reward) for prompt, own in rows[x] for i, reward in enumerate(own)]
+        write_run(tmp_path / x, outputs, n)
+    out = run(str(tmp_path / "a"), str(tmp_path / "b"))[1]
+    assert (numbers(out, "reward")["win"][0], numbers(out, "reward")["N"]) == (100.0, 3)
+    assert sorted(server.asked) == [f"{prompt}\n<A>0th</A>\n<B>0th</B>\n" for prompt in "ppq"]
+
+
+def test_the_evidence_of_two_runs(run, runs):
+    """Catches: another split or an older test, an error in the wrong place, the gap's sign, one run alone."""
+    keys = ("split", "elbo", "elbo_standard_error", "log_evidence", "log_evidence_standard_error")
+    for home, elbo in zip(runs, (1.25, -0.5)):
+        tests = [("test", 9, 9, 9, 9), ("test", elbo, 0.12, 1.75, 0.11), ("validation", 7, 7, 7, 7)]
+        lines = [json.dumps(dict(zip(keys, line))) for line in tests]
+        Path(home, "metrics.jsonl").write_text("\n".join(lines))
+    same = "(standard error 0.120), log_evidence 1.750 (standard error 0.110), gap"
+    a, b = f"{runs[0]}: elbo 1.250 {same} 0.500\n", f"{runs[1]}: elbo -0.500 {same} 2.250\n"
+    assert a + b + "The gap is a lower bound of KL(policy || posterior)" in run(*runs, judged=False)[1]
+    assert "gap" not in run(runs[0], "gold", judged=False)[1]
+    for left_out in ('{"split": "test", "elbo": 1, "log_evidence": 2}', '{"split": "train"}', ""):
+        Path(runs[1], "metrics.jsonl").write_text(left_out)
+        code, out, _ = run(*runs, judged=False)
+        assert code == 0 and "gap" not in out
+
+
+GOOD = '{"row": 0, "prompt": "p", "output": "x\u2028", "reward": 1.0, "gold": null, "gold_reward": null}\n'
 BAD = [  # text of the outputs, command, what the message names
     ("\n" + GOOD.replace("1.0", "NaN"), "a a", "test_outputs.jsonl:2: 'reward'"),
     (GOOD + GOOD[:30], "a gold", "test_outputs.jsonl:2"),
+    (GOOD.replace("row", "line"), "a a", "test_outputs.jsonl:1: 'row'"),
     (GOOD, "a a --model m --url http://x --prompt poor", "{{AssistantB}}"),
 ]
 
@@ -155,7 +184,8 @@ def test_bad_input_ends_in_one_line(run, tmp_path, monkeypatch, text, argv, name
 def test_the_order_is_drawn_per_example_from_the_seed(run, server, tmp_path):
     """A judge that always says [[A]] ends near 50. Catches: a fixed order, turns, coins that ignore the seed
     or depend on --limit or on what is still to be asked, a verdict that is not mapped back."""
-    runs = two_runs(tmp_path, 200)
+    sides = (("a", " apple"), ("b", " berry"))
+    runs = [write_run(tmp_path / x, [(f"p{i} ", text, 1.0) for i in range(200)]) for x, text in sides]
 
     def order(*more):
         server.plan()
@@ -185,11 +215,10 @@ def test_what_the_judge_reads(run, server, tmp_path):
         assert all(text.count("{{%s}}" % place) == 1 for place in judge.PLACES)
 
 
-def test_verdicts_are_read_from_the_end_and_counted(run, server, tmp_path):
+def test_verdicts_are_read_from_the_end_and_counted(run, server, runs):
     """Catches: the first mark taken (models repeat the instruction), no verdict taken for a tie or a loss."""
     replies = {"[[A]] or [[B]]... [[C]]": "C", "so [[B]].": "B", "[A]": None, "[[D]]": None, "": None}
     assert {reply: judge.read_verdict(reply) for reply in replies} == replies
-    runs = two_runs(tmp_path)
     server.plan(replies={"apple 3": "Both.", "apple 5": None}, prefer="apple")
     out = run(*runs)[1]
     assert (numbers(out)["win"], numbers(out)["N"]) == ((100, 0), 10) and "2 unparsable" in out
@@ -199,21 +228,19 @@ def test_verdicts_are_read_from_the_end_and_counted(run, server, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["500", "408", "429 7", "429 3600", "429 soon", TimeoutError()])
-def test_one_failure_changes_nothing(run, server, tmp_path, fault):
+def test_one_failure_changes_nothing(run, server, runs, fault):
     """Catches: a failure that ends the run, is taken for a verdict, or skips its example; a wrong pause."""
-    runs = two_runs(tmp_path, 4)
     server.plan(prefer="apple", faults=["", fault])
     code, out, _ = run(*runs)
     pause = {"429 7": 7, "429 3600": 60}.get(fault, 1)
-    assert (code, server.pauses, len(server.asked)) == (0, [pause], 5)
-    assert [record["winner"] for record in verdicts(runs[0])[1]] == ["RUN_A"] * 4
+    assert (code, server.pauses, len(server.asked)) == (0, [pause], 13)
+    assert [record["winner"] for record in verdicts(runs[0])[1]] == ["RUN_A"] * 12
     assert "0 unparsable" in out and "0 without a reply" in out
 
 
 @pytest.mark.parametrize("fault, tries", [("400", 1), ("500", judge.RETRIES + 1)])
-def test_a_question_without_a_reply_is_counted(run, server, tmp_path, fault, tries):
+def test_a_question_without_a_reply_is_counted(run, server, runs, fault, tries):
     """Catches: one bad question that ends all, retries of what is refused for good, no back-off."""
-    runs = two_runs(tmp_path)
     server.plan(poison={"apple 2<": fault, "apple 5<": fault}, prefer="apple")
     code, out, _ = run(*runs)
     assert code == 0 and numbers(out)["N"] == 10 and "2 without a reply" in out
@@ -222,19 +249,17 @@ def test_a_question_without_a_reply_is_counted(run, server, tmp_path, fault, tri
 
 
 @pytest.mark.parametrize("fault, asked", [("500", 5 * (judge.RETRIES + 1)), ("401", 1), ("404", 1)])
-def test_a_server_that_never_answers(run, server, tmp_path, fault, asked):
+def test_a_server_that_never_answers(run, server, runs, fault, asked):
     """Catches: hours of retries, "no verdict" with exit code 0, an empty file left, the key in a message."""
-    runs = two_runs(tmp_path)
     server.plan(poison={"": fault})
     code, out, err = run(*runs)
     assert code == 2 and "by m" not in out and fault in err and KEY not in err
     assert len(server.asked) == asked and not list(Path(runs[0]).glob("judge-*"))
 
 
-def test_goes_on_after_an_interruption(run, server, tmp_path):
+def test_goes_on_after_an_interruption(run, server, runs):
     """Catches: verdicts written at the end, answered questions asked again, a half-written line that spoils
     the next one, a spoilt whole line dropped in silence."""
-    runs = two_runs(tmp_path)
     server.plan(prefer="apple", faults=[""] * 5 + [KeyboardInterrupt()])
     code, _, err = run(*runs)
     path, saved = verdicts(runs[0])
@@ -249,9 +274,8 @@ def test_goes_on_after_an_interruption(run, server, tmp_path):
     assert code == 2 and f"{path.name}:13" in err
 
 
-def test_verdicts_of_two_kinds_never_mix(run, server, tmp_path):
+def test_verdicts_of_two_kinds_never_mix(run, server, runs, tmp_path):
     """Catches: going on with the verdicts of another seed, judge, instruction, length or text."""
-    runs = two_runs(tmp_path)
     (tmp_path / "other.txt").write_text("Be brief. " + TEMPLATE)
     other = f"--prompt {tmp_path / 'other.txt'}"
     for more in ("", "--seed 3", "--max-tokens 9", "--model n", other, "new text"):

@@ -27,26 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import brain
+
 ESTIMATORS = ("DPG", "GDC++", "BRAIn")
 NUMBERS = ("variance", "bias", "mean squared error")
 POSTERIOR, POLICY = 0.0, 1.0  # means of two Gaussians of variance 1, the proposal's lies between them
 TRUE = POSTERIOR - POLICY  # -d KL / d POLICY = E_p[y] - POLICY
 N = 8
 PUBLISHED = dict(zip(ESTIMATORS, (2.0, 1.3, 0.17)))  # read off the published plot, m = 1, 2000 draws
-
-
-def sample_weights(log_p, log_goodness, log_posterior, log_q, log_q_proposal):
-    """name -> (..., n) weights, so that an estimate is sum_i weight_i s(y_i).
-
-    DPG and GDC++ need the normalised posterior, which no language model has; BRAIn needs p times goodness.
-    """
-    from brain import policy_weights, posterior_weights  # here: --help need not wait for transformers
-
-    n = log_q.shape[-1]
-    p_ratio, q_ratio = (log_posterior - log_q_proposal).exp(), (log_q - log_q_proposal).exp()
-    alpha_hat = posterior_weights(log_p, log_q_proposal, log_goodness)  # eq. 6
-    beta_hat = policy_weights(log_q, log_q_proposal)  # eq. 11
-    return {"DPG": p_ratio / n, "GDC++": (p_ratio - q_ratio) / n, "BRAIn": alpha_hat - beta_hat}
 
 
 # --------------------------------------------------------------------- the Gaussian world, drawn
@@ -57,27 +45,25 @@ def log_normal(y, mean):
 
 def draw(m, draws, generator, n=N):
     """name -> (draws,) estimates of the gradient in the policy's mean."""
-    parts = []
-    for start in range(0, draws, 50_000):  # blocks that fit a processor's cache
-        shape = (min(50_000, draws - start), n)
-        y = m + torch.randn(shape, generator=generator, dtype=torch.float64)
-        log_q = log_normal(y, POLICY)
-        # The prior is the policy, as when training begins; the reward -y then makes the posterior N(0,1).
-        weights = sample_weights(log_q, -y, log_normal(y, POSTERIOR), log_q, log_normal(y, m))
-        parts.append({name: (w * (y - POLICY)).sum(-1) for name, w in weights.items()})  # s(y) = y - POLICY
-    return {name: torch.cat([part[name] for part in parts]) for name in ESTIMATORS}
+    y = m + torch.randn((draws, n), generator=generator, dtype=torch.float64)
+    log_posterior, log_q, log_proposal = (log_normal(y, mean) for mean in (POSTERIOR, POLICY, m))
+    # DPG and GDC++ need the normalised posterior, which no language model has.
+    p_ratio, q_ratio = (log_posterior - log_proposal).exp(), (log_q - log_proposal).exp()
+    # The prior is the policy, as when training begins. The reward -y then makes the posterior N(0,1).
+    alpha_hat = brain.posterior_weights(log_q, log_proposal, -y)  # eq. 6
+    beta_hat = brain.policy_weights(log_q, log_proposal)  # eq. 11
+    weights = {"DPG": p_ratio / n, "GDC++": (p_ratio - q_ratio) / n, "BRAIn": alpha_hat - beta_hat}
+    return {name: (w * (y - POLICY)).sum(-1) for name, w in weights.items()}  # s(y) = y - POLICY
 
 
 def measure(g):
     """number -> (value, standard error) of estimates g (draws,)."""
     mean, variance, error = g.mean(), g.var(), (g - TRUE) ** 2
     fourth = ((g - mean) ** 4).mean()  # Var[sample variance] = (fourth moment - variance^2) / draws, nearly
-    pairs = (
-        (variance, fourth - variance**2),
-        (mean - TRUE, variance),
-        (error.mean(), error.var()),
-    )
-    return {name: (float(value), math.sqrt(spread / len(g))) for name, (value, spread) in zip(NUMBERS, pairs)}
+    values = variance, mean - TRUE, error.mean()
+    spreads = fourth - variance**2, variance, error.var()
+    errors = [math.sqrt(spread / len(g)) for spread in spreads]
+    return {name: (float(value), error) for name, value, error in zip(NUMBERS, values, errors)}
 
 
 # --------------------------------------------------------------------- the Gaussian world, exactly
@@ -124,8 +110,7 @@ def d_n_integral(policy, m, n=N):
 
 
 def brain_moments(m, n=N):
-    """(mean, variance) of the BRAIn estimate: mean = -d D_n, second moment by the integrals of
-    d_n_integral."""
+    """(mean, variance) of the BRAIn estimate: minus the slope of D_n, and integrals like those of D_n."""
     policy = torch.tensor(POLICY, dtype=torch.float64, requires_grad=True)
     mean = -float(torch.autograd.grad(d_n_integral(policy, m, n), policy)[0])
     y, proposal, log_w, log_v, t, step = _grid(m)
@@ -155,9 +140,9 @@ def exact(m, n=N):
 
 
 # --------------------------------------------------------------------- tables and picture
-def table(draws, seed):
+def table(draws):
     """-> (m -> name -> number -> (value, standard error), exact values, disagreements)"""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     print(f"n = {N}, {draws} draws, 95% intervals, [exact value]; the gradient itself is {TRUE:g}")
     print(f"{'m':>4}  {'':7}" + "".join(f"{name:<31}" for name in NUMBERS))
     measured, exactly, wrong = {}, {}, []
@@ -178,11 +163,9 @@ def table(draws, seed):
 
 def plot(measured, path):
     """Lines are exact, and markers drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.switch_backend("agg")
     looks = dict(zip(ESTIMATORS, (("0.45", "s", "--"), ("0.6", "^", ":"), ("0.0", "o", "-"))))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
     fine = np.linspace(0, 1, 21)
@@ -190,8 +173,7 @@ def plot(measured, path):
     for axis, number in zip(axes, NUMBERS):
         for name, (grey, marker, line) in looks.items():
             value, error = np.array([measured[m][name][number] for m in measured]).T
-            middle = [truth[m][name][number] for m in fine]
-            axis.plot(fine, middle, color=grey, ls=line)
+            axis.plot(fine, [truth[m][name][number] for m in fine], color=grey, ls=line)
             axis.errorbar(list(measured), value, 1.96 * error, color=grey, marker=marker, ls="", capsize=3)
             axis.plot([], [], color=grey, marker=marker, ls=line, label=name)
             if number == "variance":
@@ -200,7 +182,6 @@ def plot(measured, path):
     axes[0].plot([], [], "kx", ms=8, mew=2, label="published plot")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------- command line
@@ -229,15 +210,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m toy.variance", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--draws", type=int, default=400_000, help="for each proposal mean (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the draws (default %(default)s)")
     add("--figures", type=Path, metavar="DIR", help="where variance.png goes; without it, nowhere")
     arguments = parser.parse_args(argv)
-    if arguments.figures:
-        arguments.figures.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     print("This shows variance and bias of three gradient estimates, as the proposal mean m moves.\n")
-    measured, truth, wrong = table(arguments.draws, arguments.seed)
+    measured, truth, wrong = table(arguments.draws)
     if arguments.figures:
+        arguments.figures.mkdir(parents=True, exist_ok=True)
         plot(measured, arguments.figures / "variance.png")
     conclusion(truth, wrong)
     print(f"{time.perf_counter() - started:.0f} s")

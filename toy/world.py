@@ -1,14 +1,8 @@
 """A world small enough to know everything about it: the answer key, in numpy float64.
 
-Prompts are short words, outputs are words of at most `length` letters. An output ends with the
-end token, or is cut after `length` letters: both are outcomes, and there are finitely many, so
-prior, posterior, D_n and their gradients are sums over a list. Nothing here is estimated, and
-nothing is imported from `brain`: what checks the method shares no code with it.
-
-    World(letters, length, prompts, spread, seed)   prompts, outputs, rewards, data rows
-    World.log_probs(model)        log-probability of every output, from plain forwards
-    posterior, kl                 eq. 1 and the divergence of eq. 2, exactly
-    d_n, d_n_coefficients         Definition 4.1 and its gradient, over all n-tuples
+Prompts are short words, outputs are words of at most `length` letters. An output ends with the end token, or
+is cut after `length` letters. Both are outcomes, and there are finitely many. So prior, posterior, D_n and
+their gradients are sums over a list. Nothing is imported from `brain`: the two share no code.
 """
 
 import itertools
@@ -40,11 +34,10 @@ def chance_to_win(log_q, log_gold, reward):
     """P(r(y) > r(gold)) + P(r(y) = r(gold)) / 2 for y ~ q and gold ~ gold, both (X, Y). -> (X,)."""
     wins = np.empty(len(log_q))
     for x, r in enumerate(reward):
-        order = np.argsort(r, kind="stable")
-        sorted_r, gold = r[order], np.exp(log_gold[x])[order]
-        below = np.concatenate([[0.0], np.cumsum(gold)])
-        lower = below[np.searchsorted(sorted_r, r, "left")]
-        upper = below[np.searchsorted(sorted_r, r, "right")]
+        order = np.argsort(r)
+        below = np.concatenate([[0.0], np.cumsum(np.exp(log_gold[x])[order])])
+        lower = below[np.searchsorted(r[order], r, "left")]
+        upper = below[np.searchsorted(r[order], r, "right")]
         wins[x] = (np.exp(log_q[x]) * (lower + upper) / 2).sum()
     return wins
 
@@ -60,10 +53,7 @@ def _tuples(log_target, log_q, log_proposal, n):
 
 
 def d_n(log_target, log_q, log_proposal, n):
-    """D_n^{q'}(target || q) of Definition 4.1 (eq. 13-14), by enumeration of all n-tuples.
-
-    One prompt, full support of target and q inside that of q': each argument is (Y,). Nats.
-    """
+    """D_n of Definition 4.1 (eq. 13-14) in nats. Each argument is (Y,). q' must draw all that target has."""
     _, chance, alpha, beta = _tuples(log_target, log_q, log_proposal, n)
     return float((chance * (alpha * (np.log(alpha) - np.log(beta))).sum(-1)).sum())
 
@@ -89,7 +79,7 @@ class World:
     spread   standard deviation of the reward under a prior, mean over prompts, set by `fit`
     """
 
-    def __init__(self, letters=8, length=5, prompts=32, spread=2.0, seed=0):
+    def __init__(self, letters=8, length=4, prompts=16, spread=2.0, seed=0):
         random = np.random.default_rng(seed)
         self.letters, self.length, self.spread, self.seed = letters, length, spread, seed
         pairs = np.array(list(itertools.product(range(1, letters + 1), repeat=2)))
@@ -104,9 +94,7 @@ class World:
         """A taste for pairs of neighbouring letters, some of it the prompt's own: (X, Y)."""
         taste = random.normal(size=(self.letters + 1,) * 2)
         own = random.normal(size=(len(self.prompts), self.letters + 1))
-        padded = np.full((len(self.outputs), self.length), -1)
-        for y, output in enumerate(self.outputs):
-            padded[y, : len(output)] = output
+        padded = np.array([output + (-1,) * (self.length - len(output)) for output in self.outputs])
         reward, before = 0.0, np.repeat(self.prompts[:, -1:], len(padded), 1)  # (X, Y): the letter before
         for letter in padded.T:
             reward = reward + np.where(letter >= 0, taste[before, letter] + own[:, letter], 0.0)
@@ -124,8 +112,8 @@ class World:
     def log_probs(self, model):
         """(X, Y) log-probability of every output under a causal LM, in float64.
 
-        Plain forwards of whole sequences, no cache: every word of L - 1 letters is one row, and its
-        positions hold the next-token distributions after all of its beginnings.
+        These are plain forwards of whole sequences. Every word of L - 1 letters is one row, and its positions
+        hold the next-token distributions after all of its beginnings.
         """
         import torch
 
@@ -164,8 +152,7 @@ class World:
         return rewards
 
     def rows(self, log_p, per_prompt, seed):
-        """Data rows, `per_prompt` of each prompt: a gold answer `label`, and a human pair `chosen`,
-        `rejected`.
+        """`per_prompt` rows of each prompt: a gold answer `label`, and a human pair `chosen`, `rejected`.
 
         All answers are draws from the prior (X, Y). A pair is two draws, its label drawn from
         Bradley-Terry (eq. 16): with an argmax in place of that draw the posterior is not DPO's optimum.
@@ -210,15 +197,12 @@ def tiny_gpt2(world, seed=0, width=64, layers=2, dtype=None):
 
 # ------------------------------------------------------------------------------- the default run
 class Toy:
-    """What `python brain.py` trains in: a world, its prior, data, and the answer key at the end."""
+    """What `python brain.py` trains in: a world (`size` is for it), its prior, data, and the answer key."""
 
-    def __init__(
-        self, seed=0, dtype="float32", goodness="bradley-terry", letters=8, length=4, prompts=16, spread=2.0,
-        beta=1.0,
-    ):  # fmt: skip
+    def __init__(self, seed=0, dtype="float32", goodness="bradley-terry", beta=1.0, **size):
         import torch
 
-        self.world = World(letters, length, prompts, spread, seed)
+        self.world = World(seed=seed, **size)
         self.model, self.tokenizer = tiny_gpt2(self.world, seed, dtype=getattr(torch, dtype))
         self.log_p = self.world.log_probs(self.model)
         self.world.fit(self.log_p)
@@ -234,44 +218,37 @@ class Toy:
         rows = {split: self.world.rows(self.log_p, size, i) for i, (split, size) in enumerate(sizes.items())}
         return {split: datasets.Dataset.from_list(r) for split, r in rows.items()}
 
-    def report(self, model, path, estimates=None):
-        """Prints the policy beside prior and exact posterior, and draws it. `model` is the trained causal LM.
-
-        estimates: the metrics of an evaluation of it, printed beside the exact numbers
-        """
+    def report(self, model, path, estimates):
+        """Prints a trained model beside prior and posterior, and the run's estimates beside exact numbers."""
         log_q = self.world.log_probs(model)
         columns = {"prior": self.log_p, "policy": log_q, "posterior": self.log_posterior}
-        wins = lambda log: 100 * chance_to_win(log, self.log_p, self.world.reward).mean()  # noqa: E731
+        reward = self.world.reward
         lines = {
-            "KL(posterior || it), nats": lambda log: kl(self.log_posterior, log).mean(),
-            "KL(it || prior), nats": lambda log: kl(log, self.log_p).mean(),
-            "E[r]": lambda log: (np.exp(log) * self.world.reward).sum(-1).mean(),
-            "win-rate against the prior, %": wins,
+            "KL(posterior || it), nats": lambda log: kl(self.log_posterior, log),
+            "KL(it || prior), nats": lambda log: kl(log, self.log_p),
+            "E[r]": lambda log: (np.exp(log) * reward).sum(-1),
+            "win-rate against the prior, %": lambda log: 100 * chance_to_win(log, self.log_p, reward),
         }
         print(f"exact, over all {len(self.world.outputs):,} outputs of {len(self.world.prompts)} prompts:")
         print(f"  {'':30}" + "".join(f"{name:>12}" for name in columns))
         for name, number in lines.items():
-            print(f"  {name:30}" + "".join(f"{number(log):12.3f}" for log in columns.values()))
-        if estimates and "elbo" in estimates:
-            exact = (np.exp(log_q) * (self.log_p + self.log_goodness - log_q)).sum(-1).mean()
-            evidence = np.log(np.exp(self.log_p + self.log_goodness).sum(-1)).mean()
-            gap = estimates["log_evidence"] - estimates["elbo"]
-            print("The policy's distance to the posterior, exact and as any run can estimate it, nats:")
-            print(f"  {'':30}{'exact':>12}{'estimate':>12}")
-            error = estimates.get("elbo_standard_error", np.nan)
-            print(f"  {'elbo':30}{exact:12.3f}{estimates['elbo']:12.3f} ± {error:.3f}")
-            print(f"  {'log evidence (estimate: bound)':30}{evidence:12.3f}{estimates['log_evidence']:12.3f}")
-            print(f"  {'KL(policy || posterior)':30}{evidence - exact:12.3f}{gap:12.3f}")
+            print(f"  {name:30}" + "".join(f"{number(log).mean():12.3f}" for log in columns.values()))
+        exact = (np.exp(log_q) * (self.log_p + self.log_goodness - log_q)).sum(-1).mean()
+        evidence = np.log(np.exp(self.log_p + self.log_goodness).sum(-1)).mean()
+        elbo, bound, error = (estimates[name] for name in ("elbo", "log_evidence", "elbo_standard_error"))
+        print("The policy's distance to the posterior, exact and as any run can estimate it, nats:")
+        print(f"  {'':30}{'exact':>12}{'estimate':>12}")
+        print(f"  {'elbo':30}{exact:12.3f}{elbo:12.3f} ± {error:.3f}")
+        print(f"  {'log evidence (estimate: bound)':30}{evidence:12.3f}{bound:12.3f}")
+        print(f"  {'KL(policy || posterior)':30}{evidence - exact:12.3f}{bound - elbo:12.3f}")
         self.draw(log_q, path)
         print(f"policy against posterior: {path}")
 
     def draw(self, log_q, path):
         """Probability of every output: before training against the posterior, and after."""
-        import matplotlib
-
-        matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
+        plt.switch_backend("agg")
         figure, axes = plt.subplots(1, 2, figsize=(10, 5), sharex=True, sharey=True, layout="constrained")
         exact = np.exp(self.log_posterior).ravel()
         shown = exact > 1e-6
@@ -280,9 +257,7 @@ class Toy:
             found = np.exp(log).ravel()[shown]
             axis.plot(exact[shown], found, ".", markersize=2, alpha=0.25, color="black", rasterized=True)
             axis.plot([1e-6, 1], [1e-6, 1], color="0.6", linewidth=1)
-            distance = kl(self.log_posterior, log).mean()
             axis.set(xscale="log", yscale="log", xlim=(1e-6, 1), ylim=(1e-6, 1))
             axis.set(xlabel="posterior probability of an output", ylabel="the model's probability of it")
-            axis.set_title(f"{title}\nKL(posterior || it) = {distance:.3f} nats")
+            axis.set_title(f"{title}\nKL(posterior || it) = {kl(self.log_posterior, log).mean():.3f} nats")
         figure.savefig(path, dpi=110)
-        plt.close(figure)
