@@ -166,20 +166,20 @@ def plot(measured, path):
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
-    looks = dict(zip(ESTIMATORS, (("0.45", "s", "--"), ("0.6", "^", ":"), ("0.0", "o", "-"))))
+    looks = dict(zip(ESTIMATORS, (("C1", "s", "--"), ("C2", "^", ":"), ("C0", "o", "-"))))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
     fine = np.linspace(0, 1, 21)
     truth = {m: exact(float(m)) for m in fine}
     for axis, number in zip(axes, NUMBERS):
-        for name, (grey, marker, line) in looks.items():
+        for name, (color, marker, line) in looks.items():
             value, error = np.array([measured[m][name][number] for m in measured]).T
-            axis.plot(fine, [truth[m][name][number] for m in fine], color=grey, ls=line)
-            axis.errorbar(list(measured), value, 1.96 * error, color=grey, marker=marker, ls="", capsize=3)
-            axis.plot([], [], color=grey, marker=marker, ls=line, label=name)
+            axis.plot(fine, [truth[m][name][number] for m in fine], color=color, ls=line)
+            axis.errorbar(list(measured), value, 1.96 * error, color=color, marker=marker, ls="", capsize=3)
+            axis.plot([], [], color=color, marker=marker, ls=line, label=name)
             if number == "variance":
-                axis.plot(1.0, PUBLISHED[name], marker="x", color=grey, ms=8, mew=2, ls="")
+                axis.plot(1.0, PUBLISHED[name], marker="x", color=color, ms=8, mew=2, ls="")
         axis.set(xlabel="proposal mean m  (0: posterior, 1: policy)", ylabel=f"{number} of the gradient")
-    axes[0].plot([], [], "kx", ms=8, mew=2, label="published plot")
+    axes[0].plot([], [], "kx", ms=8, mew=2, label="read off the authors' plot")
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
