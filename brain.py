@@ -47,7 +47,7 @@ Map                                     paper                         here
     self-normalised KL divergence       eq. 13 and 14                 self_normalized_kl
     the loss whose gradient is eq. 12   eq. 12, Theorem 4.2           brain_loss
     DPO                                 section 6, Theorem 6.1        dpo_loss, METHODS
-    bounds on the distance to it        eq. 1, Theorem 7.1            elbo, log_evidence
+    how far from the posterior          eq. 1, Theorem 7.1            elbo, log_evidence, and their gap
     rows of Tables 1 and 3              section 9                     METHODS, rejection_sample
     the training loop                   Algorithm 1                   train, collect, update
     win-rate                            section 8                     win_rate
@@ -121,8 +121,9 @@ def log_goodness(reward, model="bradley-terry", beta=1.0):
     The choice matters. Under "logistic" two outputs with high rewards count as equally good.
 
     beta (departure 9) divides the result, so the posterior is proportional to p(y|x) p(G=1|y,x)^(1/beta). By
-    Theorem 7.1 that is the policy that maximises E[log p(G=1|y,x)] - beta KL(policy || prior), the objective
-    of PPO and DPO. Above 1 it stays nearer the prior, below 1 it chases the reward.
+    Theorem 7.1 that is the policy that maximises E[log p(G=1|y,x)] - beta KL(policy || prior), for
+    Bradley-Terry the objective of PPO and DPO. Above 1 it stays nearer the prior, below 1 it chases the
+    reward.
     """
     if model == "bradley-terry":
         return reward / beta
@@ -139,8 +140,8 @@ def posterior_weights(log_p, log_q_proposal, log_good):
     it was drawn often and once because of its reward.
 
     For Bradley-Terry this is softmax(r + log p - log q') (eq. 20). Where q' = p it is softmax(r) (eq. 21). An
-    argmax in place of this softmax throws away the size of the gap between two rewards, and with it our
-    confidence.
+    argmax in place of this softmax throws away the size of the gap between two rewards, and with it how
+    confident we are that one output is better.
     """
     return torch.softmax(log_p - log_q_proposal + log_good, dim=-1)
 
@@ -149,8 +150,8 @@ def policy_weights(log_q, log_q_proposal):
     """beta_hat (eq. 11), the policy's weights of n outputs. Arguments (..., n). -> (..., n), sums to 1
 
     beta_i = q_theta(y_i|x) / q'(y_i|x). For new samples, until the first update, q_theta is the proposal that
-    drew them. Then every beta_i is 1, and every beta_hat_i is 1/n. (Methods whose proposal stays p are there
-    only before the first update of the run.)
+    drew them. Then every beta_i is 1, and every beta_hat_i is 1/n. (If q' stays p, this holds only until the
+    first update of the run.)
     """
     return torch.softmax(log_q - log_q_proposal, dim=-1)
 
@@ -161,7 +162,8 @@ def self_normalized_kl(alpha_hat, beta_hat):
 
     0 log 0 is 0: an output without posterior weight costs nothing, however unlikely the policy finds it. The
     result is infinite where beta_hat is 0 and alpha_hat is not. For comparison only: training and evaluation
-    take the same number from `brain_loss`, which works on log beta_hat, because beta_hat itself underflows.
+    (`held_out_divergence`, logged as self_normalized_kl) take the same number from `brain_loss`, which works
+    on log beta_hat, because beta_hat itself underflows.
     """
     log_beta = torch.where(alpha_hat > 0, beta_hat, 1.0).log()  # masked before the logarithm: 0 * -inf is nan
     # kl_div(b, a) is a (log a - b): it takes the second distribution first, as a logarithm.
@@ -274,7 +276,8 @@ class Method:
                 "rso"     4n draws from p, of which `rejection_sample` keeps n
                 "data"    the data's own pair (chosen, rejected), so n = 2
     group_size  how many outputs are normalised together. None: all n. With 2, 32 outputs are 16 pairs.
-    argmax      give all weight to the best output of a group, instead of the softmax of eq. 6
+    argmax      give all weight to the best output of a group (for "data", to the human choice), instead of
+                the softmax of eq. 6. `--beta` then scales log q - log q' in the loss, as in DPO.
     baseline    subtract the baseline of eq. 10. Without it the gradient is eq. 7 (section 9.3).
     """
 
@@ -337,10 +340,11 @@ def rejection_sample(log_good, n, generator=None):
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
 # The policy also gives the text of an output, whether it ended by itself, and what its parameters are.
 #
-# `run` does what surrounds an algorithm. `run.start` restores a killed run, `run.collect` calls draw(i) for
-# each index i or returns the samples that the killed run had, `run.steps` lists the updates that are still to
-# do, and `run.after_update` logs, evaluates and saves. Without all that, `collect` is [draw(i) for i in
-# prompts], `steps` is range((t - 1) k + 1, t k + 1), and the other two do nothing.
+# `run` does the bookkeeping around the algorithm. `run.start` restores a killed run, `run.collect` calls
+# draw(i) for each index i or returns the samples that the killed run had, `run.steps` lists the updates that
+# are still to do, and `run.after_update` logs, evaluates and saves. Without all that, `collect` is [draw(i) for
+# i in prompts], `steps` is range((t - 1) k + 1, t k + 1), and the other two do nothing. A resumed run passes
+# through its finished rounds again: they return their stored samples and have no steps.
 
 
 @dataclasses.dataclass
@@ -387,8 +391,8 @@ def train(policy, reward, data, settings, run):
     seed = settings.seed
     betas = (settings.adam_beta1, settings.adam_beta2)
     decay = settings.weight_decay
-    # Departure 3. Every update sets its own learning rate. Of the scheduler only its function is used, from
-    # the step to a factor of the learning rate, so it has no state to save.
+    # Departure 3. Every update sets its own learning rate. Of the scheduler only its function is used, which
+    # maps a step to a factor, so it has no state to save.
     optimizer = torch.optim.AdamW(policy.parameters().values(), betas=betas, weight_decay=decay)
     total = settings.iterations * settings.updates_per_iteration
     name, warmup = settings.lr_scheduler_type, settings.warmup_steps
@@ -420,6 +424,9 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
     Old samples stay valid in later rounds. Each keeps the log q' of the proposal that drew it, and p is
     fixed, so alpha_hat does not change. The objective is then D_n averaged over the proposals of all rounds,
     which is still zero only at the posterior.
+
+    source is that of the method in training. Evaluation passes "prior" or "policy" for every method, and does
+    not use alpha_hat.
     """
     if source == "data":
         outputs = example.pair
@@ -443,14 +450,14 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
 
 
 def update(policy, optimizer, batch, settings):
-    """Lines 15 to 19: one step of theta on a batch of prompts. -> metrics, means over the batch, but for
+    """Lines 15 to 19: one step of theta on a batch of prompts. -> metrics, averaged over the batch, except
     max_weight and grad_norm
 
     FloatingPointError if the loss or its gradient is not finite. The parameters are then unchanged.
     """
     method = METHODS[settings.method]
     # An argmax does not see the size of a reward, so beta would do nothing in it. As in DPO, beta scales
-    # log q - log q' instead, in the loss only. (For rso, beta also decides which draws are kept.)
+    # log q - log q' here instead. (For rso, beta also decides which draws are kept.)
     scale = settings.beta if method.argmax else 1.0
     optimizer.zero_grad()
     lines = []
@@ -478,13 +485,13 @@ def diagnostics(samples, log_q, method):
 
     `update` adds the loss, `ended` (the share of outputs that were not truncated) and `grad_norm`.
 
-    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax it is always 1). It
+    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax it is 1). It
                  rises as q' nears the posterior. Near 1, one output has all the weight: the rewards are too
                  far apart for this n. Raise --samples-per-prompt or --beta.
     ess_beta     that of beta_hat. It is n (or 2) where q_theta is still the proposal and falls as q_theta
                  leaves the proposals that drew the samples, for those of old rounds most. If it is near 1
                  before the first renewal of the proposal, the policy has outrun its samples: lower
-                 --updates-per-iteration or --learning-rate.
+                 --updates-per-iteration or --learning-rate. Later, old rounds alone may make it low.
     max_weight   the largest alpha_hat or beta_hat
     reward       mean reward of the stored outputs. It says nothing about the present policy.
     kl_to_prior  sum_i beta_hat_i (log q_theta - log p): a self-normalised estimate of KL(q_theta || p), in
@@ -507,8 +514,8 @@ def diagnostics(samples, log_q, method):
 def held_out_divergence(policy, samples, settings):
     """D_n with q' = p (eq. 13) from n outputs of a prompt that is not trained on. -> float, nats
 
-    Its mean over held-out prompts, with outputs that were drawn once from p, is comparable over a run. In
-    expectation it is zero only at the posterior. The loss has other proposals, so compare how the two move,
+    Its mean over held-out prompts, with outputs that were drawn once from p, is comparable over a run. Its
+    expectation is zero only at the posterior. The loss has other proposals, so compare how the two move,
     not how large they are. If this rises while the loss falls, the policy is memorising D_t.
     """
     log_good = log_goodness(samples.reward, settings.goodness, settings.beta)
@@ -708,9 +715,10 @@ class Policy:
         cache = None
         before = prompt
         if self.shares_prompt and prompt.shape[1] > 1:
-            # Only to save time: the prompt is computed once, and its keys and values are repeated for each
-            # output. At 512 + 48 tokens and n = 32 an update was 14 times faster on two CPU cores. The last
-            # prompt token is fed with each output, because its logits predict the output's first token.
+            # Only to save time: the prompt is computed once for all outputs of the chunk, and its keys and
+            # values are repeated. At 512 + 48 tokens and n = 32 an update was 14 times as fast on two CPU
+            # cores, as whole sequences also had logits at every prompt token. The last prompt token is fed
+            # with each output, because its logits predict the output's first token.
             _, cache = self._forward(model, prompt[:, :-1], 1, use_cache=True)
             cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long))  # its one row, c times
             before = prompt[:, -1:]
@@ -741,7 +749,7 @@ class Policy:
         -> (R LongTensors, their log-probabilities (R,))
 
         The log-probabilities are the sampler's own sums. Only the startup check reads them. Training takes
-        those of `log_prob`, so that beta_hat is 1/n at step 0 and not only nearly so.
+        those of `log_prob`, so that beta_hat is 1/n for new samples and not only nearly so.
         """
         prompt = prompt_ids.to(self.device)[None]  # (1, P)
         sequence = prompt.expand(len(uniform), -1)  # (R, P + t)
@@ -795,8 +803,8 @@ class Policy:
     def _check(self, prompt, outputs, before):
         """UserError if the model is not causal, or if p or q_theta is not the model as it came.
 
-        before (2,): the log-probabilities of the two outputs then, each by one plain forward. If a shared or
-        copied cache gives other numbers, the slower way is used.
+        before (2,): the log-probabilities of the two outputs before any adapter was added, by plain forwards.
+        If a shared or copied cache gives other numbers, the slower way is used.
         """
         refuse_if(not before.isfinite().all(), "--model: its logits are nan or inf; try --dtype float32")
         for prior in (False, True):
@@ -958,7 +966,7 @@ class RewardModel:
     """r(x, y) from a sequence classifier that reads a filled template.
 
     A decoder is read at the last token of that text, an encoder by its own head. A truncated output is read
-    as if it were complete; `ended` in the metrics is the share of those that are.
+    as if it were complete; `ended` in the metrics is the share of outputs that are complete.
 
     model      a transformers *ForSequenceClassification. With one label, r is its score. With more, r is the
                log-odds of `label`: its logit minus the logsumexp of the others (section 5, eq. 15).
@@ -1035,7 +1043,7 @@ class RewardModel:
         """Whether the outputs and the gold answer of an Example fit the context of this model.
 
         Prompts that do not fit are left out before training. Otherwise a run would die on its test split. It
-        is exact where this model and the policy have the same tokenizer.
+        is an estimate: this model reads the text of an output, which may have more tokens here.
         """
         used = len(self.ids(example.prompt, " a", example.columns)) - 1  # " a" is the output's first token
         gold = len(self.ids(example.prompt, example.gold or "", example.columns))
@@ -1353,8 +1361,8 @@ class Run:
     after the sampling of each round. On resuming, the logs are cut to that length. What was lost is computed
     again, and on a CPU it is the same, because every random number follows from (seed, purpose, indices).
 
-    The policy with the best validation score by --select-by is kept, of equal ones the later, also that of
-    update 0. At the end it is tested and saved.
+    The policy with the best validation score by --select-by is kept. The untrained policy of update 0 takes
+    part, and the later one wins a tie. At the end the kept policy is tested and saved.
     """
 
     def __init__(self, settings, reward, data):
@@ -1469,7 +1477,7 @@ class Run:
         if split == "validation":
             divergences = [held_out_divergence(self.policy, samples, settings) for samples in self.held_out]
             metrics["self_normalized_kl"] = float(np.mean(divergences))
-            score = metrics.get(settings.select_by, metrics["elbo"])  # some prompts may lack a gold answer
+            score = metrics.get(settings.select_by, metrics["elbo"])  # no gold answer drawn: elbo
             score = -score if settings.select_by == "self_normalized_kl" else score
             if score >= self.best:  # of equal ones the later
                 self.best, self.kept = score, step
@@ -1495,8 +1503,8 @@ class Run:
         rounds = range(0, self.k * self.settings.iterations + 1, self.k)
         figure, axes = plt.subplots(1, len(PANELS), figsize=(25, 5), layout="constrained")
         for axis, (title, names) in zip(axes, PANELS.items()):
-            # Updates log some of these names, too. The grid is the rounds. Between evaluations lines are
-            # straight.
+            # Updates log some of these names, too. Grid lines mark rounds; values are interpolated between
+            # evaluations.
             shown = lines if names[-1] in ("loss", "ess_beta") else evaluations
             look = {"grid": True, "marker": ".", "markersize": 3, "style": {"log_evidence": "--"}}
             shown.reindex(columns=names).interpolate().plot(ax=axis, title=title, xticks=rounds, **look)
@@ -1764,7 +1772,7 @@ def main(argv=None):
     except UserError as error:
         print(f"brain: {error}", file=sys.stderr)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        print(f"brain: {error}; --resume may have another --outputs-per-forward or rate", file=sys.stderr)
+        print(f"brain: {error}; --resume may lower --learning-rate, --outputs-per-forward", file=sys.stderr)
     return 2
 
 
