@@ -343,8 +343,8 @@ def rejection_sample(log_good, n, generator=None):
 # `run` does the bookkeeping around the algorithm. `run.start` restores a killed run, `run.collect` calls
 # draw(i) for each index i or returns the samples that the killed run had, `run.steps` lists the updates that
 # are still to do, and `run.after_update` logs, evaluates and saves. Without all that, `collect` is
-# [draw(i) for i in prompts], `steps` is range((t - 1) k + 1, t k + 1), and the other two do nothing. A resumed
-# run passes through its finished rounds again: they return their stored samples and have no steps.
+# [draw(i) for i in prompts], `steps` is range((t - 1) k + 1, t k + 1), and the other two do nothing. A
+# resumed run passes through its finished rounds again: they return their stored samples and have no steps.
 
 
 @dataclasses.dataclass
