@@ -24,7 +24,7 @@ there.
 
 Which objective does a step along eq. 12 lower? Minus eq. 12 is a biased estimate of the gradient of
 KL(posterior || q_theta), because its weights are normalised by sums over the same n draws. The bias vanishes
-as n grows. For every n it is an unbiased estimate of the gradient of
+as n grows. For every n, minus eq. 12 is an unbiased estimate of the gradient of
 
     D_n(theta)  =  E_{y_1 .. y_n ~ q'}  D_KL(alpha_hat || beta_hat)                          (eq. 13)
 
@@ -33,7 +33,7 @@ in the docstring of `brain_loss`). D_n is zero only at the posterior (Theorem 4.
 that q' can draw every output. With n = 1 both weights are 1, so D_1 = 0 for every policy. Both divergences
 are forward: the posterior, or its weights, come first, so a policy pays for every good output that it misses.
 
-    python brain.py                                                  a toy world with a known posterior
+    python brain.py                                                  a toy world (toy/) with a known posterior
     python brain.py --model CarperAI/openai_summarize_tldr_sft       the paper's summarisation model
     pytest                                                           the mathematical claims, checked
 
@@ -60,12 +60,13 @@ Departures from the paper, cited in the code by number.
  3. AdamW, where the paper says Adam with weight decay.
  4. A tie counts half in a win-rate. The paper counts strictly higher rewards: two equal models then score
     below 50.
- 5. The paper does not give e, m, k, the batch size or how evaluation decodes. Those defaults are ours.
+ 5. The paper does not give the numbers of rounds, prompts and updates (e, m, k), the batch size or how
+    evaluation decodes. Those defaults are ours.
  6. An argmax over tied outputs shares the weight equally: the limit of a softmax as its temperature goes to
     0.
  7. The learning rate decays linearly to zero. The paper names no schedule. A constant rate leaves Adam's
-    noise in the parameters: the default run ends at KL(posterior || policy) = 0.073 nats with the linear
-    decay, and at 0.153 with `--lr-scheduler-type constant`.
+    noise in the parameters: the default run, on the toy world, ends at KL(posterior || policy) = 0.073 nats
+    with the linear decay, and at 0.153 with `--lr-scheduler-type constant`.
  8. RSO draws 4n candidates and keeps n. Without extra candidates it would reject nothing.
  9. `beta` tempers the goodness. The paper has beta = 1.
 Eq. 29 of the paper has a misprint: grad log beta_i is grad log q_theta(y_i|x), without the factor beta_i in
@@ -481,11 +482,12 @@ def update(policy, optimizer, batch, settings):
 
 
 def diagnostics(samples, log_q, method):
-    """What to watch in an update, from the raw weights: nothing is clipped anywhere. -> {name: float}
+    """What to watch in an update. No weight is clipped. beta_hat is that of eq. 11, without the scale of the
+    argmax methods. -> {name: float}
 
     `update` adds the loss, `ended` (the share of outputs that were not truncated) and `grad_norm`.
 
-    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax it is 1). It
+    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax 1 without ties). It
                  rises as q' nears the posterior. Near 1, one output has all the weight: the rewards are too
                  far apart for this n. Raise --samples-per-prompt or --beta.
     ess_beta     that of beta_hat. It is n (or 2) where q_theta is still the proposal and falls as q_theta
@@ -695,8 +697,8 @@ class Policy:
         prior)
 
         prompt_ids (P,); outputs: n LongTensors (T_i,) as `sample` returns them. An end token counts like any
-        other token. A truncated output has none. It is an outcome like any other, with the probability of its
-        tokens and the reward of its text. With
+        other token. A truncated output has none, but is an outcome like any other: it has the probability of
+        its tokens and the reward of its text. With
         `outputs_per_forward` the outputs go in chunks, and the backward computes each chunk again, so that
         only one chunk's activations exist at a time.
         """
@@ -717,8 +719,8 @@ class Policy:
         if self.shares_prompt and prompt.shape[1] > 1:
             # Only to save time: the prompt is computed once for all outputs of the chunk, and its keys and
             # values are repeated. At 512 + 48 tokens and n = 32 an update was 14 times as fast on two CPU
-            # cores, as whole sequences also had logits at every prompt token. The last prompt token is fed
-            # with each output, because its logits predict the output's first token.
+            # cores as with whole sequences and all their logits. The last prompt token is fed with each
+            # output, because its logits predict the output's first token.
             _, cache = self._forward(model, prompt[:, :-1], 1, use_cache=True)
             cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long))  # its one row, c times
             before = prompt[:, -1:]
@@ -836,8 +838,8 @@ class Policy:
             return False
 
     def _agree(self, found, expected, tolerance=None):
-        # Cached and plain forwards differ by a few units in the last place of each token's logits. Some
-        # models compute parts in float32, whatever their dtype.
+        # Cached and plain forwards differ by a few units in the last place of each token's logits. Models in
+        # float64 may still compute parts in float32, hence the floor of 1e-5.
         tolerance = tolerance or max(1e-5, 16 * torch.finfo(self.model.dtype).eps)
         return torch.allclose(found.to(expected), expected, atol=tolerance, rtol=tolerance)
 
@@ -856,7 +858,7 @@ def add_adapter(model, rank, alpha):
         linear = [name for name, kind in layers.items() if kind in ("Linear", "Linear4bit", "Conv1D")]
         targets = [name for name in linear if not re.search(r"(mamba|mixer).*\.out_proj$", name)]
     # LoRA's B starts at zero, so q_theta = p at step 0. The adapter's dropout stays at its default, 0: with
-    # dropout, beta_hat would be noise as soon as B is not zero.
+    # dropout, beta_hat would be noisy once B is not zero.
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, config, "policy")
 
@@ -912,6 +914,7 @@ def load_model(kind, name, flag_name, **arguments):
     """kind.from_pretrained(name), without remote code. A checkpoint that lacks parameters is refused, because
     transformers would fill them with random numbers."""
     source = None if "state_dict" in arguments else name
+    # Parameters of another size are listed in `info`, and refused below.
     options = {"output_loading_info": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     with library_errors(flag_name, name):
         model, info = kind.from_pretrained(source, **options, **arguments)
@@ -1187,8 +1190,8 @@ def is_text(value):
 
 
 def answer_text(prompt, answer):
-    """An answer of the data, joined to its prompt as an output is: with one space, unless one of them brings
-    white space."""
+    """An answer of the data as an output would continue its prompt: a space goes before it, unless one of
+    them brings white space."""
     if is_messages(answer):
         answer = answer[-1]["content"]  # the last message is the reply
     if isinstance(prompt, str) and answer and not prompt[-1:].isspace() and not answer[0].isspace():
@@ -1200,7 +1203,7 @@ def split_pair(row):
     """A row of preferences whose `chosen` and `rejected` begin alike: their beginning belongs to the prompt.
 
     For messages the whole common beginning moves there; for text, only up to its last cue, "Assistant:" or
-    "TL;DR:". Something of each answer is always left.
+    "TL;DR:". Neither answer is ever left empty.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     differ = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
@@ -1259,8 +1262,8 @@ def load_splits(s):
 
 
 def check_rows(rows, at, method, split):
-    """Rows with a column `prompt`, taken from a pair where there is none. UserError names the first row
-    without text."""
+    """Rows with a column `prompt`, taken from a pair where there is none. For --method dpo, what the answers
+    of a pair have in common moves to its prompt, too. UserError names the first row without text."""
     pairs = METHODS[method].source == "data"
     names = ["prompt", "chosen", "rejected"] if pairs and split == "train" else ["prompt"]
     columns = set(rows.column_names)
@@ -1380,7 +1383,7 @@ class Run:
         print(f"run: {self.path}", flush=True)
         self.k = settings.updates_per_iteration
         self.done = 0  # updates that the checkpoint has
-        self.buffer = []  # D_t
+        self.buffer = []  # D_t, for the checkpoint; `train` has its own list of the same Samples
         self.kept, self.best = 0, -math.inf  # the update whose policy is kept, and its score
 
     # ---- what `train` calls
@@ -1477,7 +1480,7 @@ class Run:
         if split == "validation":
             divergences = [held_out_divergence(self.policy, samples, settings) for samples in self.held_out]
             metrics["self_normalized_kl"] = float(np.mean(divergences))
-            score = metrics.get(settings.select_by, metrics["elbo"])  # no gold answer drawn: elbo
+            score = metrics.get(settings.select_by, metrics["elbo"])  # if no prompt has gold
             score = -score if settings.select_by == "self_normalized_kl" else score
             if score >= self.best:  # of equal ones the later
                 self.best, self.kept = score, step
@@ -1503,8 +1506,9 @@ class Run:
         rounds = range(0, self.k * self.settings.iterations + 1, self.k)
         figure, axes = plt.subplots(1, len(PANELS), figsize=(25, 5), layout="constrained")
         for axis, (title, names) in zip(axes, PANELS.items()):
-            # Updates log some of these names, too. Grid lines mark rounds; values are interpolated between
-            # evaluations.
+            # The panels with loss and ess_beta need the lines of updates. The others would mix updates and
+            # evaluations, which share some names. Grid lines mark rounds; between evaluations values are
+            # interpolated.
             shown = lines if names[-1] in ("loss", "ess_beta") else evaluations
             look = {"grid": True, "marker": ".", "markersize": 3, "style": {"log_evidence": "--"}}
             shown.reindex(columns=names).interpolate().plot(ax=axis, title=title, xticks=rounds, **look)
@@ -1521,7 +1525,7 @@ COMPANIONS = {  # what goes with a model. Each entry is a default that its flag 
         # The model comes without a tokenizer, and its reward model without a config.
         tokenizer="EleutherAI/gpt-j-6B", reward_base="CarperAI/openai_summarize_tldr_sft",
         reward_model="CarperAI/openai_summarize_tldr_rm_checkpoint",
-        # In its training r was read before the end token. Attention is causal, so that token is left out.
+        # In its training r was read before the end token. Attention is causal, so the template leaves it out.
         reward_template="<|startoftext|>{prompt}{output}", max_prompt_tokens=500, max_new_tokens=50,
         dataset="CarperAI/openai_summarize_tldr",
     ),
@@ -1563,6 +1567,7 @@ class Settings:
     reward_template: str | None = setting(None, "default: {prompt}{output}; for messages, the chat template")
     reward_function: str | None = setting(None, "file.py:name, f(prompts, completions, **columns)")
     reward_label: str | None = setting(None, "name or index of the good label; of two, the second one")
+    # If not given: logistic if the reward model has several labels, else bradley-terry.
     goodness: str | None = setting(None, "logistic for several labels", ("bradley-terry", "logistic"))
     beta: float = setting(1.0, "strength of the KL term, see log_goodness (paper: 1)", lowest=1e-6)
     # the data
@@ -1675,7 +1680,7 @@ def settle(s):
         refuse_if(getattr(s, name) and not s.reward_model, f"{flag(name)}: belongs to a --reward-model")
     refuse_if("{output}" not in (s.reward_template or "{output}"), "--reward-template: must contain {output}")
     if METHODS[s.method].source == "data":
-        s.samples_per_prompt = 2  # a pair is what the data has
+        s.samples_per_prompt = 2  # a pair is what the data has; evaluation then draws 2 as well
     odd = METHODS[s.method].group_size and s.samples_per_prompt % 2
     refuse_if(odd, f"--samples-per-prompt: --method {s.method} makes pairs; give an even number")
     refuse_if(s.load_in_4bit and not s.lora_rank, "--load-in-4bit: trains an adapter; give a --lora-rank")
