@@ -1251,8 +1251,7 @@ def load_splits(s):
     for split, own in names.items():
         if own is None:
             size = min(1000, math.ceil(len(splits["train"]) / 10))
-            with library_errors("--dataset", s.dataset):
-                parts = splits["train"].train_test_split(size, seed=0)
+            parts = splits["train"].train_test_split(size, seed=0)
             splits["train"], splits[split] = parts["train"], parts["test"]
             print(f"{split}: not in the data; {size} rows of train are held out for it")
         else:
@@ -1707,7 +1706,8 @@ def load_model_and_reward(s):
     refuse_if(s.max_new_tokens >= context, f"--max-new-tokens: leaves no room in a context of {context}")
     tokenizer = load_tokenizer(s.model, s.tokenizer or base, "--model")
     refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no eos_token")
-    splits = load_splits(s)
+    with library_errors("--dataset", s.dataset):  # text that is not UTF-8, too few rows to hold some out
+        splits = load_splits(s)
     if s.reward_function:
         reward = RewardFunction.from_file(s.reward_function)
     else:

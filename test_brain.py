@@ -1293,7 +1293,7 @@ def test_missing_splits_are_held_out_of_train(method, monkeypatch, capsys):
     assert "test: not" not in said()
     found = load(dict(train=rows[:3], validation=rows[3:5], test=rows[5:]))
     assert found == [rows[:3], rows[3:5], rows[5:]] and said() == ""
-    with pytest.raises(brain.UserError, match="--dataset d: "):
+    with pytest.raises(ValueError, match="the number of samples 1"):  # the command line says it in one line
         load(dict(train=rows[:1], test=rows[1:]))
     assert list(map(len, load(dict(train=rows[:1] * 10_020, test=rows[:1])))) == [9020, 1000, 1]
 
@@ -1962,10 +1962,12 @@ def mine(tmp_path_factory):
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(content)
     (place / "empty").mkdir()
+    (place / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}\n{"prompt": "a"}\n')
     jsonl(place / "data.jsonl", [{"prompt": text(2, 5), "label": text(1, 6)} for _ in range(300)])
     jsonl(place / "pairs.jsonl", [{"prompt": text(2, 5), "chosen": "a", "rejected": "b"} for _ in range(40)])
     jsonl(place / "no-gold.jsonl", [{"prompt": text(2, 5)} for _ in range(40)])
     jsonl(place / "long.jsonl", [{"prompt": "a" * 99, "label": "a"}] * 6)
+    jsonl(place / "one.jsonl", [{"prompt": "a", "label": "a"}])
     return place
 
 
@@ -2022,7 +2024,8 @@ REFUSED = [  # arguments, then what the one line on stderr must name
     *each("reward_label", {None: "LABEL_0", 3: "LABEL_2"}, **BY_MODEL),
     *each("reward_model", {"model": "score.", "evil-reward": "", "evil.bin": "--reward-base"}, **BY_MODEL),
     *each("reward_model", {"evil.bin": ""}, **BY_MODEL, reward_base="model"),
-    *each("dataset", {"nosuch.jsonl": "", "empty": "", "broken.jsonl": ""}),
+    *each("dataset", {"nosuch.jsonl": "", "empty": "", "broken.jsonl": "", "latin.jsonl": "utf-8"}),
+    *each("dataset", {"one.jsonl": "number of samples 1"}),
     *each("dataset", {"long.jsonl": "every prompt of train is empty or too long"}, max_prompt_tokens=500),
     *[row for both in (None, True) for row in each(
         "output_dir", {"run": "--resume or --overwrite"}, resume=both, overwrite=both)],
