@@ -228,10 +228,11 @@ def effective_sample_size(weights):
 #     E_q[w]      =  p(G=1|x), so E[log mean_i w_i]  <=  log p(G=1|x), rising to it with n: `log_evidence`
 #
 # Hence the gap log_evidence - elbo is, in expectation, a lower bound of KL(q || posterior). This is the
-# reverse of the divergence that training lowers. A gap well above its error shows that q is far. A small one
-# is no proof that it is near: good outputs that q never draws do not show. D_n on draws of the prior shows
-# those, see `held_out_divergence`. Bradley-Terry leaves a constant of log p(G=1|x) unknown, which cancels in
-# the gap. With beta, p(G=1|y,x)^(1/beta) and its mean under p stand for p(G=1|y,x) and p(G=1|x).
+# reverse of the divergence that training lowers. A large gap shows that q is far. (The errors that are logged
+# for both contain the spread between prompts, which cancels in the gap.) A small one is no proof that q is
+# near: good outputs that q never draws do not show. D_n on draws of the prior shows those, see
+# `held_out_divergence`. Bradley-Terry leaves a constant of log p(G=1|x) unknown, which cancels in the gap.
+# With beta, p(G=1|y,x)^(1/beta) and its mean under p stand for p(G=1|y,x) and p(G=1|x).
 
 
 def elbo(log_p, log_q, log_good):
@@ -306,7 +307,7 @@ class Method:
 METHODS = {
     "brain": Method(),
     "brain-no-baseline": Method(baseline=False),
-    "dpo-sft+iw+n": Method("prior"),  # all n outputs, and importance weights: BRAIn with a fixed proposal
+    "dpo-sft+iw+n": Method("prior"),  # all n outputs, weighted by softmax(r): BRAIn with a fixed proposal
     "dpo-sft+iw": Method("prior", group_size=2),  # pairs, weighted by the softmax instead of the argmax
     "dpo-sft": Method("prior", group_size=2, argmax=True),  # DPO on pairs of the prior, the SFT model
     "rso": Method("rso", group_size=2, argmax=True),  # DPO on pairs that are nearer to the posterior
@@ -517,8 +518,9 @@ def held_out_divergence(policy, samples, settings):
     """D_n with q' = p (eq. 13) from n outputs of a prompt that is not trained on. -> float, nats
 
     Its mean over held-out prompts, with outputs that were drawn once from p, is comparable over a run. Its
-    expectation is zero only at the posterior. The loss has other proposals, so compare how the two move,
-    not how large they are. If this rises while the loss falls, the policy is memorising D_t.
+    expectation is zero only at the posterior. The loss has other proposals, and for some methods other
+    weights, so compare how the two move, not how large they are. If this rises while the loss falls, the
+    policy is memorising D_t.
     """
     log_good = log_goodness(samples.reward, settings.goodness, settings.beta)
     alpha_hat = posterior_weights(samples.log_p, samples.log_q_proposal, log_good)
@@ -707,7 +709,7 @@ class Policy:
         chunks = [outputs[i : i + size] for i in range(0, len(outputs), size)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not prior), self._using(prior) as model:
             score = functools.partial(self._score, model, prompt)
-            if len(chunks) > 1 and torch.is_grad_enabled():
+            if len(chunks) > 1 and torch.is_grad_enabled():  # computed again with the policy's adapter on
                 score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
             return torch.cat([score(chunk) for chunk in chunks])
 
@@ -1202,8 +1204,8 @@ def answer_text(prompt, answer):
 def split_pair(row):
     """A row of preferences whose `chosen` and `rejected` begin alike: their beginning belongs to the prompt.
 
-    For messages the whole common beginning moves there; for text, only up to its last cue, "Assistant:" or
-    "TL;DR:". Neither answer is ever left empty.
+    For messages the whole common beginning moves there, in place of a prompt that it repeats; for text, only
+    up to its last cue, "Assistant:" or "TL;DR:". Neither answer is ever left empty.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     differ = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
@@ -1307,7 +1309,7 @@ def evaluate(drawn, reward, settings):
     for samples in drawn:
         example, gold = samples.example, None
         if example.gold is not None:
-            gold = reward(example.prompt, [example.gold], example.columns).item()
+            gold = reward(example.prompt, [example.gold], example.columns).to(samples.reward).item()
             wins.append(win_rate(samples.reward, [gold] * len(samples.reward))[0])
         for text, own in zip(samples.texts, samples.reward.tolist()):
             line = {"row": example.row, "prompt": example.prompt, "output": text, "reward": own}
@@ -1324,7 +1326,7 @@ def evaluate(drawn, reward, settings):
 # 8. The run directory
 #
 #     config.json               the settings, and versions of the libraries
-#     metrics.jsonl             a line for each update, each evaluation, and each round's draws of q'
+#     metrics.jsonl             a line for each update, each evaluation, and each round's draws of q', if any
 #     samples.jsonl             D_t, a line for each output
 #     validation_outputs.jsonl  the outputs of every evaluation
 #     test_outputs.jsonl        those of the final evaluation on the test split
@@ -1451,6 +1453,7 @@ class Run:
         is whole or not there."""
         directory = self.path / "checkpoint"
         state["parameters"] = {name: p.detach() for name, p in self.policy.parameters().items()}
+        # If the disk is full: "--resume once the disk has room: DIRECTORY: what PyTorch says".
         with library_errors("--resume once the disk has room:", str(directory)):
             torch.save(state, directory / "unfinished")
         (directory / "unfinished").replace(directory / name)
@@ -1647,7 +1650,8 @@ def parse(argv):
 
 
 def settings_of_run(typed):
-    """The settings of the run in --output-dir, or {}. Refuses a directory that must not be touched."""
+    """The settings of the run in --output-dir, or None for each. Refuses a directory that must be left
+    alone."""
     path = Path(typed.output_dir or "runs")
     above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     # A file in its place lacks X_OK.
