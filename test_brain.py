@@ -1460,6 +1460,17 @@ def test_held_out_d_n(method, tmp_path):
         assert line["step"] == step and line["self_normalized_kl"] == pytest.approx(np.mean(d_n), abs=1e-10)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.7])
+def test_equal_rewards_tie_in_float32_too(value):
+    """Wrong: the gold answer's reward in float64 beside rewards that were rounded to float32."""
+    ones = torch.ones(2, dtype=torch.float32)
+    example = brain.Example(0, "x", torch.tensor([1]), "gold", None, {})
+    samples = brain.Samples(0, example, [X, X], ["a", "b"], value * ones, ones, ones, ones / 2)
+    reward = brain.RewardFunction(lambda completions, **columns: [value] * len(completions), "f")
+    settings = types.SimpleNamespace(goodness="bradley-terry", beta=1.0)
+    assert brain.evaluate([samples], reward, settings)[0]["win_rate"] == 50
+
+
 # ------------------------------------------------------------------------------------------
 # 8. The run directory
 
