@@ -1630,7 +1630,7 @@ def parse(argv):
     """Command line -> Settings: what was typed, else what a resumed run had, else what goes with the model,
     else the default."""
     example = "example: python brain.py --model MODEL --reward-model REWARD_MODEL --dataset prompts.jsonl"
-    parser = Parser(Settings, description=__doc__.split("\n")[0], epilog=example, allow_abbrev=False)
+    parser = Parser(Settings, epilog=f"{example}; toy's own: {COMPANIONS['toy']}", allow_abbrev=False)
     argv = [re.sub("^(--[a-z_-]+=)?~/", rf"\g<1>{Path.home()}/", word) for word in argv]
     typed = parser.parse_args(argv)
     before = settings_of_run(typed)
