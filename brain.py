@@ -391,11 +391,10 @@ def train(policy, reward, data, settings, run):
     run       Run: see above
     """
     seed = settings.seed
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    decay = settings.weight_decay
+    options = {"betas": (settings.adam_beta1, settings.adam_beta2), "weight_decay": settings.weight_decay}
     # Departure 3. Every update sets its own learning rate. Of the scheduler only its function is used, which
     # maps a step to a factor, so it has no state to save.
-    optimizer = torch.optim.AdamW(policy.parameters().values(), betas=betas, weight_decay=decay)
+    optimizer = torch.optim.AdamW(policy.parameters().values(), **options)
     total = settings.iterations * settings.updates_per_iteration
     name, warmup = settings.lr_scheduler_type, settings.warmup_steps
     schedule = transformers.get_scheduler(name, optimizer, warmup, total).lr_lambdas[0]  # departure 7
@@ -427,11 +426,13 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
     fixed, so alpha_hat does not change. The objective is then D_n averaged over the proposals of all rounds,
     which is still zero only at the posterior.
 
-    source is that of the method in training. Evaluation passes "prior" or "policy" for every method, and does
-    not use alpha_hat.
+    source is that of the method in training. Evaluation passes "prior", "policy" or "greedy" for every
+    method, and does not use alpha_hat.
     """
     if source == "data":
         outputs = example.pair
+    elif source == "greedy":
+        outputs = policy.sample(example.ids, 1, settings.max_new_tokens, greedy=True)
     else:
         draws = settings.samples_per_prompt * (RSO_CANDIDATES if source == "rso" else 1)  # line 6
         outputs = policy.sample(example.ids, draws, settings.max_new_tokens, source != "policy", generator)
@@ -732,23 +733,23 @@ class Policy:
 
     # ---- sampling
 
-    def sample(self, prompt_ids, n, max_new_tokens, prior=False, generator=None):
+    def sample(self, prompt_ids, n, max_new_tokens, prior=False, generator=None, greedy=False):
         """n outputs of one prompt (P,) from the plain softmax of q_theta, or of p. -> list of n LongTensors
         (T_i,)
 
         Each output ends with its end-of-sequence token, or is truncated after max_new_tokens. `generator` is
         a CPU torch.Generator. The same generator gives the same outputs for any `outputs_per_forward`, up to
-        rounding.
+        rounding. greedy, for evaluation only, takes the most likely token each time.
         """
         # One uniform number for each token, drawn in advance, so that chunks do not change the outputs.
         uniform = torch.rand(n, max_new_tokens, dtype=torch.float64, generator=generator).to(self.device)
         outputs = []
         for chunk in uniform.split(self.outputs_per_forward or n):
-            outputs += self._draw(prompt_ids, chunk, prior)[0]
+            outputs += self._draw(prompt_ids, chunk, prior, greedy)[0]
         return outputs
 
     @torch.no_grad()
-    def _draw(self, prompt_ids, uniform, prior=False):
+    def _draw(self, prompt_ids, uniform, prior=False, greedy=False):
         """Draws R outputs token by token. uniform (R, max_new_tokens) decides each token.
         -> (R LongTensors, their log-probabilities (R,))
 
@@ -759,7 +760,6 @@ class Policy:
         sequence = prompt.expand(len(uniform), -1)  # (R, P + t)
         length = torch.zeros(len(uniform), dtype=torch.long, device=self.device)
         going = length == 0  # the outputs that have not ended; the others stay in the batch, unread
-        ends = torch.tensor(self.ends, device=self.device)
         total = 0.0
         with self._using(prior) as model:
             logits, cache = self._forward(model, prompt, 1, use_cache=self.keeps_cache)  # the prompt, once
@@ -774,11 +774,12 @@ class Policy:
                 # Invert the cumulative distribution. In float64, because a float32 sum of 50,000 terms rounds
                 # the probability of rare tokens away.
                 cumulative = torch.softmax(scores.double(), -1).cumsum(-1)
-                token = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True)
+                drawn = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True)
+                token = scores.argmax(-1, keepdim=True) if greedy else drawn
                 total = total + (scores.gather(-1, token)[:, 0] - scores.logsumexp(-1)).where(going, 0.0)
                 sequence = torch.cat([sequence, token], 1)
                 length += going
-                going &= ~torch.isin(token[:, 0], ends)
+                going &= ~torch.isin(token[:, 0], torch.tensor(self.ends, device=self.device))
                 if not going.any():
                     break
         return [row[:T].cpu() for row, T in zip(sequence[:, prompt.shape[1] :], length)], total
@@ -1297,16 +1298,18 @@ def draw_held_out(policy, reward, data, settings, source):
 
 
 @torch.no_grad()
-def evaluate(drawn, reward, settings):
+def evaluate(drawn, reward, settings, answers=None):
     """Metrics of the policy that drew these Samples, and a line for each output. -> (metrics, lines)
 
+    answers      Samples of other outputs (`--greedy`) for win_rate, reward and the lines. The other metrics
+                 need draws.
     win_rate     of the outputs against the gold answer of their prompt. Outputs of one prompt are not
                  independent, so the interval comes from the spread between prompts.
     kl_to_prior  mean of log q_theta - log p, an estimate of KL(q_theta || p), in nats. The policy is the
                  proposal of these Samples.
     """
     lines, wins, metrics = [], [], {}
-    for samples in drawn:
+    for samples in answers or drawn:
         example, gold = samples.example, None
         if example.gold is not None:
             gold = reward(example.prompt, [example.gold], example.columns).to(samples.reward).item()
@@ -1347,7 +1350,6 @@ PANELS = {  # of report.png: title, and the metrics that it shows
 
 def save_policy(policy, directory):
     """The policy and its tokenizer, for transformers (all parameters) or peft (the adapter) to load."""
-    shutil.rmtree(directory, ignore_errors=True)
     policy.tokenizer.save_pretrained(directory)
     if policy.prior_model is not None:
         policy.model.save_pretrained(directory)
@@ -1379,8 +1381,7 @@ class Run:
         (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
         versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
         config = json.dumps(dataclasses.asdict(settings) | versions, indent=1)
-        (self.path / "unfinished.json").write_text(config + "\n")
-        (self.path / "unfinished.json").replace(self.path / "config.json")
+        (self.path / "config.json").write_text(config + "\n")
         print(f"run: {self.path}", flush=True)
         self.k = settings.updates_per_iteration
         self.done = 0  # updates that the checkpoint has
@@ -1477,8 +1478,10 @@ class Run:
     def evaluate(self, step, split="validation"):
         """A line of metrics, and one on the screen. On validation, the best policy is kept."""
         settings, data = self.settings, self.data[split]
-        drawn = draw_held_out(self.policy, self.reward, data, settings, "policy")
-        metrics, lines = evaluate(drawn, self.reward, settings)
+        draw = functools.partial(draw_held_out, self.policy, self.reward, data, settings)
+        drawn = draw("policy")
+        answers = draw("greedy") if settings.greedy else drawn
+        metrics, lines = evaluate(drawn, self.reward, settings, answers)
         if split == "validation":
             divergences = [held_out_divergence(self.policy, samples, settings) for samples in self.held_out]
             metrics["self_normalized_kl"] = float(np.mean(divergences))
@@ -1493,7 +1496,7 @@ class Run:
         text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "kept")
         text = re.sub(r"  \w+_(standard_error|half_width) ", " ± ", text)
         print(f"update {step:>6}  {split:<10}  {text}  kept: update {self.kept}", flush=True)
-        for line in lines[:: len(drawn[0].outputs)][:2]:
+        for line in lines[:: len(answers[0].outputs)][:2]:
             gold = "" if line["gold"] is None else f"; gold {line['gold_reward']:.2f}: {line['gold'][:60]!r}"
             print(f"    reward {line['reward']:.2f}: {line['output'][:60]!r}{gold}", flush=True)
         return metrics
@@ -1504,14 +1507,13 @@ class Run:
         import pandas
 
         lines = pandas.read_json(self.path / "metrics.jsonl", lines=True).set_index("step")
-        evaluations = lines[lines["split"] == "validation"]
         rounds = range(0, self.k * self.settings.iterations + 1, self.k)
         figure, axes = plt.subplots(1, len(PANELS), figsize=(25, 5), layout="constrained")
         for axis, (title, names) in zip(axes, PANELS.items()):
             # The panels with loss and ess_beta need the lines of updates. The others would mix updates and
             # evaluations, which share some names. Grid lines mark rounds; between evaluations values are
             # interpolated.
-            shown = lines if names[-1] in ("loss", "ess_beta") else evaluations
+            shown = lines if names[-1] in ("loss", "ess_beta") else lines[lines["split"] == "validation"]
             look = {"grid": True, "marker": ".", "markersize": 3, "style": {"log_evidence": "--"}}
             shown.reindex(columns=names).interpolate().plot(ax=axis, title=title, xticks=rounds, **look)
             axis.axvline(self.kept, color="black", linestyle=":", label=f"kept: update {self.kept}")
@@ -1526,10 +1528,9 @@ COMPANIONS = {  # what goes with a model. Each entry is a default that its flag 
     "CarperAI/openai_summarize_tldr_sft": dict(  # the paper's summarisation (appendix B)
         # The model comes without a tokenizer, and its reward model without a config.
         tokenizer="EleutherAI/gpt-j-6B", reward_base="CarperAI/openai_summarize_tldr_sft",
-        reward_model="CarperAI/openai_summarize_tldr_rm_checkpoint",
+        reward_model="CarperAI/openai_summarize_tldr_rm_checkpoint", dataset="CarperAI/openai_summarize_tldr",
         # In its training r was read before the end token. Attention is causal, so the template leaves it out.
         reward_template="<|startoftext|>{prompt}{output}", max_prompt_tokens=500, max_new_tokens=50,
-        dataset="CarperAI/openai_summarize_tldr",
     ),
     "timdettmers/qlora-hh-rlhf-7b": dict(  # the paper's dialogue: the prior is an adapter on Llama-7B
         reward_model="Dahoas/gptj-rm-static", reward_base="EleutherAI/gpt-j-6B",
@@ -1609,6 +1610,7 @@ class Settings:
     outputs_per_forward: int | None = setting(None, "outputs in the model at once; if not given, n", lowest=1)
     # evaluation
     eval_prompts: int = setting(128, "prompts per evaluation; 0: the whole split", lowest=0)
+    greedy: bool = setting(False, "win_rate and reward of the most likely output, not of draws")
     eval_every: int | None = setting(None, "updates between evaluations; a round, at most 1000", lowest=1)
     select_by: str | None = setting(None, "default: win_rate with gold answers, else elbo", SELECTIONS)
 

@@ -1438,6 +1438,30 @@ def test_evaluation_by_hand(goodness, beta, rows):
         assert metrics["elbo"] == pytest.approx(metrics["reward"] - metrics["kl_to_prior"], abs=1e-12)
 
 
+def test_a_greedy_evaluation_takes_the_most_likely_tokens(tmp_path):
+    """Each token is the argmax over known ids of plain forwards of q_theta; elbo and KL still come from
+    draws. Wrong: those of the prior; ids without a token; sums over one output; outputs that go past their
+    end."""
+    s = settings_by_hand(goodness="bradley-terry", greedy=True, eval_prompts=0, select_by="elbo")
+    s.output_dir, policy, answers = tmp_path.as_posix(), moved_policy(), []
+    run = brain.Run(s, liking, {"train": [], "validation": seven_prompts(), "test": []})
+    run.start(policy, torch.optim.AdamW(policy.parameters().values()))
+    metrics = read_lines(tmp_path / "metrics.jsonl")[0]
+    draws, _ = brain.evaluate(brain.draw_held_out(policy, liking, seven_prompts(), s, "policy"), liking, s)
+    for prompt in PROMPTS:
+        ids = prompt
+        while len(ids) < len(prompt) + 4 and (len(ids) == len(prompt) or ids[-1] != 0):
+            logits = policy.model(input_ids=ids[None]).logits[0, -1, :KNOWN]
+            ids = torch.cat([ids, logits.argmax()[None]])
+        answers.append(spelled(ids[len(prompt) :]))
+    lines = read_lines(tmp_path / "validation_outputs.jsonl")
+    assert [line["output"] for line in lines] == answers and len(set(answers)) > 3
+    reward = np.mean([line["reward"] for line in lines])
+    assert metrics["reward"] == pytest.approx(reward) and reward != pytest.approx(draws["reward"])
+    for name in ("elbo", "log_evidence", "kl_to_prior"):
+        assert metrics[name] == draws[name]
+
+
 @pytest.mark.parametrize("method", ["brain-no-baseline", "dpo-sft"])
 def test_held_out_d_n(method, tmp_path):
     """n outputs of the prior for evenly spaced validation prompts, drawn once; D_n of them by hand, for every
