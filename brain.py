@@ -1708,7 +1708,7 @@ def load_model_and_reward(s):
         count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
     dtype = getattr(torch, s.dtype)
     context = context_of(config)
-    print(f"policy and prior: {base}, {count:,} parameters, {count * dtype.itemsize / 1e9:.3f} GB in {dtype}")
+    print(f"model: {base}, {count:,} parameters, {count * dtype.itemsize / 1e6:,.2f} MB in {dtype}")
     refuse_if(s.max_new_tokens >= context, f"--max-new-tokens: leaves no room in a context of {context}")
     tokenizer = load_tokenizer(s.model, s.tokenizer or base, "--model")
     refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no eos_token")

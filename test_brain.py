@@ -2161,7 +2161,7 @@ def test_the_papers_summarisation_command(hub, tmp_path):
     assert config | expected == config
     tensors = torch.load(snapshot(hub, SFT) / "pytorch_model.bin", weights_only=True)
     count = sum(w.numel() for w in tensors.values())
-    assert f"{SFT}, {count:,} parameters, {4e-9 * count:.3f} GB in torch.float32\n" in process.stdout
+    assert f"{SFT}, {count:,} parameters, {4e-6 * count:,.2f} MB in torch.float32\n" in process.stdout
     steps = [(line["step"], line.get("split")) for line in jsonl(run / "metrics.jsonl")]
     assert steps == [(0, "validation"), (0, None), (1, None), (2, None), (2, "validation"), (2, "test")]
     words = transformers.AutoTokenizer.from_pretrained(snapshot(hub, GPTJ))
@@ -2267,6 +2267,18 @@ def test_ones_own_model_learns(mine, tmp_path, monkeypatch, capsys):
     assert brain.main(good(**again)) == 0
     same = [line | {"step": test["step"]} for line in jsonl(tmp_path / "again/test_outputs.jsonl")]
     assert same == tests and "0 rounds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked, goodness", [(None, "logistic"), ("bradley-terry", "bradley-terry")])
+def test_the_goodness_of_a_classifier(asked, goodness, mine, tmp_path, monkeypatch):
+    """Of three labels: logistic unless asked otherwise, in what is recorded and in the elbo."""
+    monkeypatch.chdir(mine)
+    words = good(**BY_MODEL, reward_label="LABEL_1", goodness=asked, eval_prompts=9, output_dir=tmp_path)
+    assert brain.main(words) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["goodness"] == goodness
+    first, r = jsonl(tmp_path / "metrics.jsonl")[0], jsonl(tmp_path / "validation_outputs.jsonl")
+    by_hand = np.mean(np.log(goodness_by_hand([line["reward"] for line in r], goodness, 1)))
+    assert first["elbo"] == pytest.approx(by_hand, abs=1e-5) and abs(by_hand) > 0.1
 
 
 TALK = """
