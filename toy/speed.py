@@ -9,10 +9,11 @@ prompt has 512 tokens and 32 outputs of 48 tokens. Numbers are float32 on a CPU 
     update      the prompt once, its cache shared, against 32 whole sequences with logits at all positions
     scoring     the first log p of a prompt's outputs, the same two ways without gradient
     sampling    Policy.sample, against generate(num_return_sequences=32)
+    kinds       the same for small models whose caches are of other kinds: recurrent states, convolutions
+    threads     an update of a tiny model with all threads, against one
 
 The ways of a row take turns in one process, and a ratio is that of their medians. Peak memory is what a fresh
-process needs on top of model and optimizer. The ways must agree in their numbers; otherwise the exit code is
-1.
+process needs on top of model and optimizer. If the ways' numbers disagree, the exit code is 1.
 """
 
 import argparse
@@ -42,6 +43,15 @@ class Shape:
     length: int = 48  # of each output
 
 
+KIND = Shape(layers=4, width=64, prompt=256, n=16, length=32)
+KINDS = {  # transformers' name of a kind of model: what its config needs beside the sizes
+    "Llama": {},
+    "Mamba2": dict(num_heads=8, head_dim=16, n_groups=2, state_size=16),
+    "Qwen3Next": dict(head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2, num_experts=16),
+    "Lfm2": dict(layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False),
+    "Jamba": dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False),
+    "GraniteMoeHybrid": dict(layer_types=["mamba", "attention"] * 2, mamba_n_heads=8, mamba_d_head=16),
+}  # fmt: skip
 QUICK = Shape(layers=2, width=32, heads=2, vocabulary=64, positions=64, prompt=24, n=4, length=6)
 
 
@@ -49,7 +59,7 @@ QUICK = Shape(layers=2, width=32, heads=2, vocabulary=64, positions=64, prompt=2
 class Bench:
     """A model with random parameters, a prompt and its outputs, and the ways to go about them."""
 
-    def __init__(self, shape, device="cpu", dtype=torch.float32):
+    def __init__(self, shape, device="cpu", dtype=torch.float32, kind="GPT2"):
         import transformers
 
         import brain
@@ -57,11 +67,13 @@ class Bench:
         transformers.utils.logging.set_verbosity_error()
         torch.manual_seed(0)
         self.brain, self.shape, self.device = brain, shape, device
-        config = transformers.GPT2Config(
-            num_labels=1, vocab_size=shape.vocabulary, n_positions=shape.positions, n_embd=shape.width,
-            n_layer=shape.layers, n_head=shape.heads, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=shape.vocabulary, max_position_embeddings=shape.positions, hidden_size=shape.width,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads, bos_token_id=0, eos_token_id=0,
+            num_key_value_heads=shape.heads, intermediate_size=4 * shape.width, pad_token_id=0,
+            **KINDS.get(kind, {}),
         )  # fmt: skip
-        self.model = transformers.GPT2LMHeadModel(config).to(device, dtype).eval()
+        self.model = transformers.AutoModelForCausalLM.from_config(config).to(device, dtype).eval()
         self.tokenizer = words(shape.vocabulary)
         self.policy = brain.Policy(self.model, self.tokenizer)
         self.optimizer = torch.optim.AdamW(self.policy.parameters().values(), lr=1e-5)
@@ -215,6 +227,21 @@ def row_table(bench, repeats, dtype, weighed):
     return ratios
 
 
+def more_rows(quick):
+    """Sampling from other kinds of models, and what threads cost a tiny one. -> ratios, as `row_table`"""
+    ratios = {}
+    shape = dataclasses.replace(KIND, prompt=16, n=2) if quick else KIND
+    for kind in KINDS:
+        ways = Bench(shape, kind=kind).ways()["sampling"]
+        ours, usual = take_turns(ways, 1 if quick else 3, "cpu").values()
+        ratios[f"sampling from a {kind}"] = usual / ours
+    tiny, seconds = Bench(QUICK), []
+    for threads in (1, os.cpu_count()):
+        torch.set_num_threads(threads)
+        seconds.append(clock(lambda: [tiny.update(tiny.shared_log_prob) for _ in range(30)], "cpu"))
+    return ratios | {"updates of a tiny model with one thread": seconds[1] / seconds[0]}
+
+
 def conclusion(ratios, wrong):
     """What the numbers say, in words."""
     print()
@@ -245,7 +272,7 @@ def main(argv=None):
     print(f"prompt {shape.prompt} tokens, {shape.n} outputs of {shape.length}. The ways differ by")
     wrong = disagreements(bench, 1e-4 if device == "cpu" else 5e-2)
     ratios = row_table(bench, 1 if quick else 3, dtype, ("update",) if quick else bench.ways())
-    conclusion(ratios, wrong)
+    conclusion(ratios | (more_rows(quick) if device == "cpu" else {}), wrong)
     print(nothing * quick + f"{time.perf_counter() - started:.0f} s")
     return 1 if wrong else 0
 

@@ -19,6 +19,7 @@ def test_quick_runs_and_the_ways_agree(capsys):
         assert re.search(rf"{way} +\d+\.\d+ +\d+\.\d+", out), way
     assert len(re.findall(r"\d\.\d\d GB", out)) == 2  # of the two ways of an update
     assert out.startswith("--quick") and out.count("mean nothing") == 2
+    assert "In sampling from a Qwen3Next, brain.py" in out and "a tiny model with one thread" in out
 
 
 def test_a_way_that_computes_something_else_is_found(monkeypatch):
