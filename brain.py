@@ -1551,7 +1551,8 @@ SELECTIONS = ("win_rate", "elbo", "self_normalized_kl")
 
 
 def setting(default, text, choices=None, lowest=-math.inf, below=math.inf):
-    metadata = {"help": text, "choices": choices, "lowest": lowest, "below": below}
+    shown = "" if default is not None else "%(default).0s"  # else argparse adds "(default: None)"
+    metadata = {"help": text + shown, "choices": choices, "lowest": lowest, "below": below}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -1570,8 +1571,8 @@ class Settings:
     reward_template: str | None = setting(None, "default: {prompt}{output}; for messages, the chat template")
     reward_function: str | None = setting(None, "file.py:name, f(prompts, completions, **columns)")
     reward_label: str | None = setting(None, "name or index of the good label; of two, the second one")
-    # If not given: logistic if the reward model has several labels, else bradley-terry.
-    goodness: str | None = setting(None, "logistic for several labels", ("bradley-terry", "logistic"))
+    # Of a classifier of several labels, logistic is the default, else bradley-terry.
+    goodness: str | None = setting(None, "default: by the number of labels", ("bradley-terry", "logistic"))
     beta: float = setting(1.0, "strength of the KL term, see log_goodness (paper: 1)", lowest=1e-6)
     # the data
     dataset: str | None = setting(None, "hub name, directory or file; column prompt: text, or messages")
@@ -1585,9 +1586,9 @@ class Settings:
     overwrite: bool = setting(False, "replace the run in --output-dir")
     seed: int = setting(0, "of all random numbers", lowest=0, below=2**64)
     device: str | None = setting(None, "cpu, cuda or cuda:1; a GPU if there is one")
-    # If not given: bfloat16 for LoRA on a GPU, where peft keeps the adapter in float32. Else float32, because
+    # By default bfloat16 for LoRA on a GPU, where peft keeps the adapter in float32. Else float32, because
     # a step of 1e-5 is below the precision of bfloat16. The reward model has the same dtype.
-    dtype: str | None = setting(None, "of the models", ("float32", "bfloat16", "float16", "float64"))
+    dtype: str | None = setting(None, "default: by the device", ("float32", "bfloat16", "float16", "float64"))
     # Algorithm 1
     iterations: int = setting(4, "e: rounds of sampling and updates; 0 only evaluates", lowest=0)
     prompts_per_iteration: int = setting(1000, "m: prompts sampled for in a round", lowest=1)
@@ -1741,7 +1742,6 @@ def load_model_and_reward(s):
 def execute(s):
     """From settings to a report. The toy world and real models differ in where the policy, the reward and the
     data come from, and in nothing else."""
-    toy = None
     if s.model == "toy":
         from toy.world import Toy  # it lists all its outputs, so its posterior is known exactly
 
@@ -1764,7 +1764,7 @@ def execute(s):
     run.load("best.pt")
     metrics = run.evaluate(run.kept, "test")
     save_policy(policy, run.path / "model")
-    if toy:
+    if s.model == "toy":
         toy.report(policy.model, run.path / "toy.png", metrics)
     run.report()
     print(f"{run.path}: model/ is the policy of update {run.kept}, the best by {s.select_by}")
