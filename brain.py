@@ -613,7 +613,7 @@ class Policy:
         ordinary = sorted(set(self._known.tolist()) - set(tokenizer.added_tokens_decoder)) or self._known
         ids = torch.tensor([ordinary[i * 7919 % len(ordinary)] for i in range(12)])
         prompt, outputs = ids[:5], [ids[5:11], ids[11:]]
-        with torch.no_grad():
+        with torch.no_grad(), library_errors("--model", self.name):
             before = torch.cat([self.log_prob(prompt, [output]) for output in outputs])
         if not lora_rank:
             self.model.requires_grad_(True)
@@ -669,11 +669,12 @@ class Policy:
         """One forward of ids (B, T). -> (logits (B, keep, V) of the last `keep` positions, cache or None)
 
         The other logits are not computed: over a prompt of 500 tokens they are the largest tensor. A cache
-        that is passed in grows by T tokens.
+        that is passed in grows by T tokens. Where the prompt is shared, a new cache is a plain one. The
+        model's own would drop keys by config.sliding_window, even if its attention does not use that.
         """
         arguments = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
-        if cache is not None:
-            arguments[self._cache_name] = cache
+        if cache is not None or use_cache and self.shares_prompt:
+            arguments[self._cache_name] = DynamicCache() if cache is None else cache
         output = model(input_ids=ids, use_cache=use_cache, **arguments)
         return output.logits[:, -keep:], getattr(output, self._cache_name, None)
 
@@ -819,24 +820,26 @@ class Policy:
         # In a batch the short output has padding behind it, which a causal model does not see.
         causal = self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
-        _, cache = self._forward(self.model, prompt[None].to(self.device), 1, use_cache=True)
+        self.keeps_cache = True
+        if not self._cache_works(prompt, outputs, before):
+            self.keeps_cache = False
+            print(f"brain: the cache of {self.name} cannot be copied; sampling is slow", file=sys.stderr)
+        _, cache = self._forward(self.model, prompt[None].to(self.device), 1, use_cache=self.keeps_cache)
         # Only keys and values can be shared, not recurrent states. A DummyLayer has none of its own: it reads
-        # the keys and values of another layer. Sharing and copying are tried, and kept if the numbers agree.
+        # the keys and values of another layer. Sharing is tried, and kept if the numbers agree.
         kinds = {type(layer) for layer in getattr(cache, "layers", [])}
         if type(cache) is DynamicCache and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
             self.shares_prompt = True
-            self.shares_prompt = self._agree(self.log_prob(prompt, outputs), before)
-        self.keeps_cache = True
-        if not self._samples_agree(prompt):
-            self.keeps_cache = False
-            print(f"brain: the cache of {self.name} cannot be copied; sampling is slow", file=sys.stderr)
+            self.shares_prompt = self._cache_works(prompt, outputs, before)
 
-    def _samples_agree(self, prompt):
-        """Whether the sampler's log-probabilities are those of `log_prob`."""
+    def _cache_works(self, prompt, outputs, before):
+        """Whether the sampler's log-probabilities are those of `log_prob`, and these those of plain
+        forwards."""
         try:
             uniform = torch.rand(2, 4, dtype=torch.float64, generator=seeded(0)).to(self.device)
-            outputs, log_probs = self._draw(prompt, uniform)
-            return self._agree(log_probs, self.log_prob(prompt, outputs))
+            drawn, log_probs = self._draw(prompt, uniform)
+            agree = self._agree(log_probs, self.log_prob(prompt, drawn))
+            return agree and self._agree(self.log_prob(prompt, outputs), before)
         except Exception:  # caches of unusual kinds fail in ways of their own
             return False
 
@@ -855,11 +858,12 @@ def add_adapter(model, rank, alpha):
     targets = KNOWN.get(model.config.model_type)
     if targets is None:
         # Only true linear layers: routers of mixtures of experts subclass Linear but return tuples. The
-        # kernel of a mamba layer reads its out_proj without the adapter. The output layer stays as it is.
+        # kernels of a mamba layer read its out_proj and dt_proj without the adapter. The output layer stays
+        # as it is.
         head = {model.get_output_embeddings()}
         layers = {name: type(x).__name__ for name, x in model.named_modules() if x not in head}
         linear = [name for name, kind in layers.items() if kind in ("Linear", "Linear4bit", "Conv1D")]
-        targets = [name for name in linear if not re.search(r"(mamba|mixer).*\.out_proj$", name)]
+        targets = [name for name in linear if not re.search(r"(mamba|mixer).*\.(out|dt)_proj$", name)]
     # LoRA's B starts at zero, so q_theta = p at step 0. The adapter's dropout stays at its default, 0: with
     # dropout, beta_hat would be noisy once B is not zero.
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
@@ -1075,8 +1079,8 @@ class RewardModel:
 def context_of(config):
     """The longest sequence of a model, in tokens; infinite where its config names none."""
     config = config.get_text_config(decoder=True)
-    context = getattr(config, "max_position_embeddings", None) or math.inf
-    if config.model_type in ("roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text"):
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", math.inf)
+    if re.fullmatch("(xlm-)?roberta.*|camembert|data2vec-text|xmod", config.model_type):
         context -= config.pad_token_id + 1  # positions count from the padding id
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond it, frequencies depend on the length
@@ -1533,9 +1537,9 @@ COMPANIONS = {  # what goes with a model. Each entry is a default that its flag 
         reward_template="<|startoftext|>{prompt}{output}", max_prompt_tokens=500, max_new_tokens=50,
     ),
     "timdettmers/qlora-hh-rlhf-7b": dict(  # the paper's dialogue: the prior is an adapter on Llama-7B
-        reward_model="Dahoas/gptj-rm-static", reward_base="EleutherAI/gpt-j-6B",
-        reward_template="{prompt}{output}<|endoftext|>",  # this one was read at the end token
-        dataset="Dahoas/rm-static", max_prompt_tokens=500, max_new_tokens=128,
+        dataset="Dahoas/rm-static", reward_model="Dahoas/gptj-rm-static", reward_base="EleutherAI/gpt-j-6B",
+        # This reward was read at the end token.
+        reward_template="{prompt}{output}<|endoftext|>", max_prompt_tokens=500, max_new_tokens=128,
     ),
     "toy": dict(
         iterations=6, prompts_per_iteration=128, updates_per_iteration=60, learning_rate=1e-3, lora_rank=0,

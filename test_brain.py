@@ -63,6 +63,7 @@ FAMILIES = {
     "llama": (transformers.LlamaConfig, LLAMA),
     "qwen2": (transformers.Qwen2Config, LLAMA),
     "mistral": (transformers.MistralConfig, LLAMA | dict(sliding_window=5)),
+    "llama, made of a mistral": (transformers.LlamaConfig, LLAMA | dict(sliding_window=12)),  # not used
     "opt": (transformers.OPTConfig, dict(hidden_size=32, ffn_dim=48, num_hidden_layers=2,
                                          num_attention_heads=4, max_position_embeddings=64,
                                          word_embed_proj_dim=32)),
@@ -857,7 +858,8 @@ def test_the_text_of_an_output_is_what_it_adds():
 
 
 @pytest.mark.parametrize("fault, flags", [
-    ("tokens misread", (False, True)), ("copies misread", (True, False)), ("not copied", (False, False)),
+    ("tokens misread", (False, True)), ("copies misread", (False, False)), ("not copied", (False, False)),
+    ("raises", (False, False)),
 ])  # fmt: skip
 def test_a_faulty_model_is_found_and_used_as_far_as_it_works(fault, flags, capsys):
     """The check finds the fault. If sampling is slow it says so; log_prob and samples are right all the same.
@@ -869,8 +871,8 @@ def test_a_faulty_model_is_found_and_used_as_far_as_it_works(fault, flags, capsy
         wrong = {"tokens misread": new > 1, "copies misread": new == 1 and rows > 1}.get(fault)
         wrong = wrong and given.get("past_key_values") is not None
         output.logits = output.logits * (1.2 if wrong else 1.0)
-        if fault == "not copied" and output.past_key_values is not None:
-            output.past_key_values.__class__ = odd
+        if fault in ("not copied", "raises") and output.past_key_values is not None:
+            output.past_key_values.__class__ = {"not copied": odd}[fault]  # or KeyError
 
     model = tiny("gpt2")
     model.register_forward_hook(spoil, with_kwargs=True)
@@ -888,8 +890,11 @@ def test_a_model_that_cannot_be_a_policy_is_refused():
     numbers that mean nothing, >= for >, a prior that is not the model given."""
     broken, right = tiny("gpt2"), tiny("llama", dtype=torch.float32).eval()
     broken.transformer.ln_f.weight.data.fill_(math.nan)
+    raising = tiny("gpt2")
+    raising.transformer.ln_f.register_forward_hook(lambda *_: torch.ones(2) + torch.ones(3))
     cases = [
         (any_lm("bert"), 6, 0, "--model: BertLMHeadModel is not causal; give a causal LM"),
+        (raising, 6, 0, "--model GPT2LMHeadModel: The size of tensor a"),
         (tiny("gpt2", vocab=7), 7, 0, "--model: has 7 embeddings, its tokenizer ids up to 7"),
         (broken, 6, 0, "--model: its logits are nan or inf; try --dtype float32"),
         (with_adapter("plain"), 6, 0, "--lora-rank 0: --model is an adapter; merge it first"),
@@ -906,9 +911,9 @@ def test_a_model_that_cannot_be_a_policy_is_refused():
     brain.Policy(any_lm("bert", is_decoder=True), letters())
 
 
-@pytest.mark.parametrize("family, names", [("phimoe", "qkvo"), ("mamba", ["in", "x", "dt"])])
+@pytest.mark.parametrize("family, names", [("phimoe", "qkvo"), ("mamba", ["in", "x"])])
 def test_lora_on_an_architecture_that_peft_does_not_know_takes_true_linear_layers(family, names):
-    """Wrong: a router, which returns a tuple; a mamba layer's out_proj; the output layer."""
+    """Wrong: a router, which returns a tuple; a mamba layer's out_proj and dt_proj; the output layer."""
     model = any_lm(family, dtype=torch.float32)  # phimoe has no float64
     before = plain_all(copy.deepcopy(model).eval(), X2, [X])
     policy = brain.Policy(model, letters(), lora_rank=2)
@@ -1019,8 +1024,9 @@ def test_the_context_of_a_model():
     rope = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0, original_max_position_embeddings=32)
     llama = transformers.LlamaConfig(max_position_embeddings=64, rope_parameters=rope)
     roberta = transformers.RobertaConfig(max_position_embeddings=514, pad_token_id=1)
-    configs = llama, roberta, transformers.BloomConfig(), transformers.XLNetConfig()
-    assert [brain.context_of(config) for config in configs] == [32, 512, math.inf, math.inf]
+    configs = llama, roberta, transformers.MptConfig(max_seq_len=7), transformers.XLNetConfig()
+    assert [brain.context_of(config) for config in configs] == [32, 512, 7, math.inf]
+    assert brain.context_of(transformers.BloomConfig()) == math.inf
 
 
 def test_a_reward_model_that_cannot_score_is_refused(tmp_path):
