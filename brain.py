@@ -289,8 +289,8 @@ class Method:
     baseline: bool = True
 
     def grouped(self, x):
-        """(n,) -> (groups, group size)"""
-        return x.reshape(-1, self.group_size or x.shape[-1])
+        """(n,) -> (groups, group size). A single output, as `--greedy` has it, is a group of its own."""
+        return x.reshape(-1, min(self.group_size or len(x), len(x)))
 
     def alpha_hat(self, log_p, log_q_proposal, log_good):
         """Posterior weights, normalised within each group. Arguments (n,). -> (n,)"""
@@ -390,27 +390,26 @@ def train(policy, reward, data, settings, run):
               updates_per_iteration
     run       Run: see above
     """
-    seed = settings.seed
     options = {"betas": (settings.adam_beta1, settings.adam_beta2), "weight_decay": settings.weight_decay}
-    # Departure 3. Every update sets its own learning rate. Of the scheduler only its function is used, which
-    # maps a step to a factor, so it has no state to save.
+    # Departures 3 and 7. Every update sets its own learning rate. Of the scheduler only its function is used,
+    # which maps a step to a factor, so it has no state to save.
     optimizer = torch.optim.AdamW(policy.parameters().values(), **options)
     total = settings.iterations * settings.updates_per_iteration
-    name, warmup = settings.lr_scheduler_type, settings.warmup_steps
-    schedule = transformers.get_scheduler(name, optimizer, warmup, total).lr_lambdas[0]  # departure 7
+    schedule = transformers.get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total)
     buffer = []  # line 2: D_0
     run.start(policy, optimizer)
     for t in range(1, settings.iterations + 1):  # line 3
-        prompts = random_subset(len(data), settings.prompts_per_iteration, seed, PROMPTS, t)  # line 4: S_t
+        # line 4: S_t
+        prompts = random_subset(len(data), settings.prompts_per_iteration, settings.seed, PROMPTS, t)
 
         def draw(i):
-            source, generator = METHODS[settings.method].source, seeded(seed, OUTPUTS, t, i)
+            source, generator = METHODS[settings.method].source, seeded(settings.seed, OUTPUTS, t, i)
             return collect(policy, reward, data[i], settings, source, generator, t)
 
         buffer += run.collect(t, prompts, draw)  # lines 5 to 12: D_t keeps the samples of all rounds
         for step in run.steps(t):  # line 13
-            chosen = random_subset(len(buffer), settings.batch_size, seed, BATCHES, step)  # line 14
-            optimizer.param_groups[0]["lr"] = settings.learning_rate * schedule(step - 1)
+            chosen = random_subset(len(buffer), settings.batch_size, settings.seed, BATCHES, step)  # line 14
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * schedule.lr_lambdas[0](step - 1)
             metrics = update(policy, optimizer, [buffer[i] for i in chosen], settings)  # lines 15 to 19
             run.after_update(step, metrics)
         # Line 21, q' <- q_theta, needs no code: the next round samples from the current q_theta.
@@ -689,11 +688,6 @@ class Policy:
             self._unknown = ids[~torch.isin(ids, self._known)].to(logits.device)
         return logits.index_fill(-1, self._unknown, -torch.inf) if len(self._unknown) else logits
 
-    def _token_log_probs(self, logits, ids):
-        """log-probability of ids (...) under logits (..., V). -> (...)"""
-        scores = self._scores(logits)
-        return scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)
-
     # ---- scoring
 
     def log_prob(self, prompt_ids, outputs, prior=False):
@@ -730,7 +724,9 @@ class Policy:
             before = prompt[:, -1:]
         inputs = torch.cat([before.expand(len(ids), -1), ids[:, :-1]], 1)  # its last T predict the output
         logits, _ = self._forward(model, inputs, ids.shape[1], cache, cache is not None)  # (c, T, V)
-        return torch.where(real, self._token_log_probs(logits, ids), 0.0).sum(-1)
+        scores = self._scores(logits)
+        log_probs = scores.gather(-1, ids[..., None])[..., 0] - scores.logsumexp(-1)  # (c, T)
+        return torch.where(real, log_probs, 0.0).sum(-1)
 
     # ---- sampling
 
@@ -817,8 +813,11 @@ class Policy:
             # PiSSA, OLoRA and their kind change the base when an adapter is added.
             same = self._agree(self.log_prob(prompt, outputs[:1], prior), before[:1], 1e-3)
             refuse_if(not same, f"--model: its adapter changes {self.name} itself; merge it into its base")
-        # In a batch the short output has padding behind it, which a causal model does not see.
-        causal = self._agree(self.log_prob(prompt, outputs), before)
+        # A causal model does not see what differs between these two rows, their last token. Nor does it see
+        # the padding behind the short output.
+        rows = torch.stack([prompt, torch.cat([prompt[:-1], outputs[1]])]).to(self.device)
+        same = self._agree(*self._forward(self.model, rows, 2)[0][:, 0], 1e-3)
+        causal = same and self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
         self.keeps_cache = True
         if not self._cache_works(prompt, outputs, before):
@@ -846,7 +845,7 @@ class Policy:
     def _agree(self, found, expected, tolerance=None):
         # Cached and plain forwards differ by a few units in the last place of each token's logits. Models in
         # float64 may still compute parts in float32, hence the floor of 1e-5.
-        tolerance = tolerance or max(1e-5, 16 * torch.finfo(self.model.dtype).eps)
+        tolerance = tolerance or max(1e-5, 4 * torch.finfo(self.model.dtype).eps)
         return torch.allclose(found.to(expected), expected, atol=tolerance, rtol=tolerance)
 
 
@@ -901,7 +900,8 @@ def library_errors(flag_name, name, *kinds):
     """What a library says about a missing, gated or broken file, as one line that names the flag. kinds: more
     exceptions to catch."""
     kinds += (AssertionError, ImportError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError)
-    refuse_if(name.startswith(("/", ".")) and not Path(name).exists(), f"{flag_name} {name}: no such file")
+    is_path = re.match(r"[/.]|.*\.(jsonl?|csv|parquet)$", name)
+    refuse_if(is_path and not Path(name).exists(), f"{flag_name} {name}: no such file")
     try:
         yield
     except kinds as error:
@@ -959,10 +959,9 @@ def chat(tokenizer, messages, flag_name, tools=None, reply=False):
     A last message of the assistant is a prefill, which the policy continues; otherwise a generation prompt
     follows. reply: the messages end with the complete answer, and nothing follows.
     """
-    prefill = not reply and messages[-1]["role"] == "assistant"
+    prefill = not reply and messages[-1:] != [] and messages[-1]["role"] == "assistant"
     how = {"add_generation_prompt": not reply and not prefill, "continue_final_message": prefill}
-    where = f"messages {str(messages)[:100]} for {tokenizer.name_or_path}"
-    with library_errors(flag_name, where, TemplateError):
+    with library_errors(flag_name, f"{str(messages)[:100]} for {tokenizer.name_or_path}", TemplateError):
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
 
 
@@ -979,7 +978,8 @@ class RewardModel:
     as if it were complete; `ended` in the metrics is the share of outputs that are complete.
 
     model      a transformers *ForSequenceClassification. With one label, r is its score. With more, r is the
-               log-odds of `label`: its logit minus the logsumexp of the others (section 5, eq. 15).
+               log-odds of `label`: its logit minus the logsumexp of the others (section 5, eq. 15), or its
+               logit itself where the labels do not exclude each other (multi_label_classification).
     template   text with {prompt} and {output}, by default one after the other. If the prompt is messages, the
                chat template of this model's tokenizer is used instead, unless `template` is given; {prompt}
                is then the prompt as the policy reads it, by `policy_tokenizer`.
@@ -990,12 +990,13 @@ class RewardModel:
     def __init__(self, model, tokenizer, template=None, label=None, policy_tokenizer=None):
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template
         self.policy_tokenizer = policy_tokenizer
-        names = list(model.config.id2label.values())
+        names = [name for _, name in sorted(model.config.id2label.items())]
         self.label = 1 if len(names) == 2 else None  # index of the good one; None if the score is the reward
         if label is not None or len(names) > 2:
             known = names + [str(i) for i in range(len(names))]
             refuse_if(label not in known or len(names) == 1, f"--reward-label {label}: labels are {names}")
             self.label = known.index(label) % len(names)
+        print(f"reward: {type(model).__name__}, label {names[self.label or 0]!r} of {names}")
         self.is_encoder = not hasattr(model, "score")  # the head of decoders, which read the last token
         self.context = context_of(model.config)
         check_ids(model, tokenizer, "--reward-model")
@@ -1031,6 +1032,7 @@ class RewardModel:
             model = load_model(kind, bare, "--reward-model", config=config, state_dict=saved, dtype=dtype)
         else:
             model = load_model(kind, name, flag_name, dtype=dtype)
+            source = name if find(name, "tokenizer_config.json") else model.name_or_path  # an adapter's base
         found = load_tokenizer(source, tokenizer and tokenizer.name_or_path, flag_name)
         return cls(model, found, template, label, tokenizer)
 
@@ -1052,12 +1054,13 @@ class RewardModel:
     def fits(self, example, max_new_tokens):
         """Whether the outputs and the gold answer of an Example fit the context of this model.
 
-        Prompts that do not fit are left out before training. Otherwise a run would die on its test split. It
-        is an estimate: this model reads the text of an output, which may have more tokens here.
+        Prompts that do not fit are left out before training. Otherwise a run would die on its test split.
+        This model reads the text of an output, which may have more tokens here, so there is room for twice
+        as many.
         """
         used = len(self.ids(example.prompt, " a", example.columns)) - 1  # " a" is the output's first token
         gold = len(self.ids(example.prompt, example.gold or "", example.columns))
-        return max(used + max_new_tokens, gold) <= self.context
+        return max(used + 2 * max_new_tokens, gold) <= self.context
 
     @torch.no_grad()
     def __call__(self, prompt, outputs, columns=None):
@@ -1068,10 +1071,10 @@ class RewardModel:
             refuse_if(not 0 < len(ids) <= self.context, f"--reward-model: cannot read {len(ids)} tokens")
             logits.append(self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits)
         logits = torch.cat(logits).float().cpu()  # (n, labels)
-        rewards = logits[:, 0]
-        if self.label is not None:
+        rewards = logits[:, self.label or 0]
+        if self.label is not None and self.model.config.problem_type != "multi_label_classification":
             others = [i for i in range(logits.shape[1]) if i != self.label]
-            rewards = logits[:, self.label] - logits[:, others].logsumexp(-1)
+            rewards = rewards - logits[:, others].logsumexp(-1)
         refuse_if(not rewards.isfinite().all(), "--reward-model: gave nan or inf; try --dtype float32")
         return rewards
 
@@ -1080,7 +1083,7 @@ def context_of(config):
     """The longest sequence of a model, in tokens; infinite where its config names none."""
     config = config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", math.inf)
-    if re.fullmatch("(xlm-)?roberta.*|camembert|data2vec-text|xmod", config.model_type):
+    if re.fullmatch("(xlm-)?roberta.*|camembert|data2vec-text|xmod|mpnet|longformer", config.model_type):
         context -= config.pad_token_id + 1  # positions count from the padding id
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("longrope", "dynamic"):  # beyond it, frequencies depend on the length
@@ -1114,8 +1117,8 @@ class RewardFunction:
         arguments = {name: [value] * n for name, value in (columns or {}).items()}
         arguments |= {"prompts": [prompt] * n, "completions": list(outputs)}
         returned = self.function(**arguments)
-        rewards = [math.nan if x is None else float(x) for x in returned]
-        good = len(rewards) == n and all(map(math.isfinite, rewards))
+        rewards = [math.nan if x is None else float(x) for x in ([] if returned is None else returned)]
+        good = len(rewards) == n and all(abs(x) < 1e38 for x in rewards)  # 1e39 is infinite in float32
         refuse_if(not good, f"{self.name}: must return {n} finite numbers, not {str(returned)[:80]}")
         return torch.tensor(rewards, dtype=torch.float64)
 
@@ -1147,7 +1150,7 @@ def load_prompts(rows, policy, settings, split, reward):
     examples = []
     for number in tqdm(range(len(rows)), desc=f"{split}: reading", leave=False):
         example = make_example(number, rows[number], gold, pairs, policy.tokenizer, settings)
-        if 0 < len(example.ids) <= min(settings.max_prompt_tokens or room, room):
+        if example.prompt and 0 < len(example.ids) <= min(settings.max_prompt_tokens or room, room):
             if not isinstance(reward, RewardModel) or reward.fits(example, settings.max_new_tokens):
                 examples.append(example)
     print(f"{split}: {len(examples)} prompts; {len(rows) - len(examples)} left out, empty or too long")
@@ -1200,7 +1203,7 @@ def answer_text(prompt, answer):
     """An answer of the data as an output would continue its prompt: a space goes before it, unless one of
     them brings white space."""
     if is_messages(answer):
-        answer = answer[-1]["content"]  # the last message is the reply
+        answer = answer[-1]["content"] or ""  # the last message is the reply
     if isinstance(prompt, str) and answer and not prompt[-1:].isspace() and not answer[0].isspace():
         return " " + answer
     return answer
@@ -1220,7 +1223,7 @@ def split_pair(row):
         if same and isinstance(prompt, str):
             prompt = f"{prompt.rstrip()}\n{chosen[:same]}"
         prompt = prompt or chosen[:same]
-    elif same:
+    elif same or not prompt:
         prompt = chosen[:same]
     return row | {"prompt": prompt, "chosen": chosen[same:], "rejected": rejected[same:]}
 
@@ -1383,9 +1386,9 @@ class Run:
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
             shutil.rmtree(self.path / "model", ignore_errors=True)
         (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
-        versions = {library.__name__: library.__version__ for library in (torch, transformers, np)}
-        config = json.dumps(dataclasses.asdict(settings) | versions, indent=1)
-        (self.path / "config.json").write_text(config + "\n")
+        config = dataclasses.asdict(settings) | {x.__name__: x.__version__ for x in (torch, transformers, np)}
+        (self.path / "unfinished.json").write_text(json.dumps(config, indent=1) + "\n")
+        (self.path / "unfinished.json").replace(self.path / "config.json")
         print(f"run: {self.path}", flush=True)
         self.k = settings.updates_per_iteration
         self.done = 0  # updates that the checkpoint has
@@ -1551,7 +1554,6 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sq
 # What may change when a run is resumed. More iterations extend a run; the learning rate of what is left then
 # follows the longer schedule.
 FREE = "output_dir resume overwrite device iterations outputs_per_forward eval_prompts learning_rate".split()
-SELECTIONS = ("win_rate", "elbo", "self_normalized_kl")
 
 
 def setting(default, text, choices=None, lowest=-math.inf, below=math.inf):
@@ -1617,7 +1619,8 @@ class Settings:
     eval_prompts: int = setting(128, "prompts per evaluation; 0: the whole split", lowest=0)
     greedy: bool = setting(False, "win_rate and reward of the most likely output, not of draws")
     eval_every: int | None = setting(None, "updates between evaluations; a round, at most 1000", lowest=1)
-    select_by: str | None = setting(None, "default: win_rate with gold answers, else elbo", SELECTIONS)
+    # Which model is kept. By default the best by win_rate where there are gold answers, else by elbo.
+    select_by: str | None = setting(None, "default: by the data", ("win_rate", "elbo", "self_normalized_kl"))
 
 
 def flag(name):
@@ -1681,7 +1684,7 @@ def settle(s):
     if s.model == "toy":
         for name in ("reward_model", "reward_function", "dataset", "base_model", "tokenizer", "lora_rank"):
             refuse_if(getattr(s, name), f"{flag(name)}: the toy world has its own; name a model with --model")
-        refuse_if(s.max_new_tokens > 5, "--max-new-tokens: the toy world lists all outputs; give at most 5")
+        refuse_if(not 2 <= s.max_new_tokens <= 5, "--max-new-tokens: the toy world has outputs of 2 to 5")
         s.device = "cpu"
     else:
         refuse_if(not s.dataset, "--dataset: missing; give a hub name, directory, .jsonl, .parquet or .csv")
@@ -1696,7 +1699,7 @@ def settle(s):
     refuse_if(s.load_in_4bit and not s.lora_rank, "--load-in-4bit: trains an adapter; give a --lora-rank")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with library_errors("--device", s.device):
-        torch.zeros(1, device=s.device)
+        torch.zeros(1, device=s.device).item()
     s.dtype = s.dtype or ("bfloat16" if s.device != "cpu" and s.lora_rank else "float32")
     s.eval_every = s.eval_every or min(1000, s.updates_per_iteration)
 
@@ -1712,8 +1715,8 @@ def load_model_and_reward(s):
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
     dtype = getattr(torch, s.dtype)
-    context = context_of(config)
     print(f"model: {base}, {count:,} parameters, {count * dtype.itemsize / 1e6:,.2f} MB in {dtype}")
+    context = context_of(config)
     refuse_if(s.max_new_tokens >= context, f"--max-new-tokens: leaves no room in a context of {context}")
     tokenizer = load_tokenizer(s.model, s.tokenizer or base, "--model")
     refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no eos_token")

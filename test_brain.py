@@ -717,7 +717,7 @@ def test_ids_without_a_token_have_no_probability():
         expected = policy.model(X[None]).logits[0, -1, known].log_softmax(-1)[3:]
         close(policy.log_prob(X, [torch.tensor([9])], prior), expected, 5e-6)
     logits = random(10).bfloat16()
-    close(policy._token_log_probs(logits, torch.tensor(9)), logits.float()[known].log_softmax(-1)[3], 1e-6)
+    close(policy._scores(logits).log_softmax(-1)[9], logits.float()[known].log_softmax(-1)[3], 1e-6)
 
 
 @pytest.mark.parametrize("family", POLICY_FLAGS)
@@ -894,6 +894,7 @@ def test_a_model_that_cannot_be_a_policy_is_refused():
     raising.transformer.ln_f.register_forward_hook(lambda *_: torch.ones(2) + torch.ones(3))
     cases = [
         (any_lm("bert"), 6, 0, "--model: BertLMHeadModel is not causal; give a causal LM"),
+        (any_lm("bert", dtype=torch.bfloat16), 6, 2, "--model: BertLMHeadModel is not causal"),
         (raising, 6, 0, "--model GPT2LMHeadModel: The size of tensor a"),
         (tiny("gpt2", vocab=7), 7, 0, "--model: has 7 embeddings, its tokenizer ids up to 7"),
         (broken, 6, 0, "--model: its logits are nan or inf; try --dtype float32"),
@@ -984,7 +985,8 @@ def test_a_reward_is_the_head_at_the_last_token_of_the_whole_text(family, templa
 
 
 def test_with_several_labels_a_reward_is_the_log_odds_of_one():
-    """Eq. 15, of a label by name or index, or of the second of two. Wrong: the logit alone, another label."""
+    """Eq. 15, of a label by name or index, or of the second of two; of labels that do not exclude each other,
+    the logit. Wrong: the logit alone, another label, one by its place in config.json."""
     tokenizer = byte_pairs(*JOINING)
     kinds = {names: classifier("llama", tokenizer, names) for names in ("r", "ab", "abc", "10")}
     made = lambda names, label: brain.RewardModel(kinds[names], tokenizer, label=label)  # noqa: E731
@@ -996,6 +998,10 @@ def test_with_several_labels_a_reward_is_the_log_odds_of_one():
     for names, label in (("r", "x"), ("abc", None), ("ab", "2"), ("ab", "d"), ("r", "r")):
         with pytest.raises(brain.UserError, match=f"--reward-label {label}: "):
             made(names, label)
+    multi = classifier("llama", tokenizer, "abc", problem_type="multi_label_classification")
+    multi.config.id2label = {2: "c", 1: "b", 0: "a"}
+    rewards = brain.RewardModel(multi, tokenizer, label="c")(PROMPT, OUTPUTS)
+    equal_rewards(rewards, scores_of(multi, tokenizer, [PROMPT + output for output in OUTPUTS])[:, 2])
 
 
 def save(place, *parts):
@@ -1084,18 +1090,23 @@ def test_messages_go_through_a_chat_template(template, tmp_path):
 
 
 def test_an_adapter_on_a_classifier_is_right_and_on_an_lm_refused(tmp_path):
-    """The head is its own. Wrong: the head of the base, a random head, no adapter."""
+    """The head is its own, the tokenizer too, or else its base's. Wrong: the head of the base, a random head,
+    no adapter, the policy's tokenizer."""
     tokenizer = byte_pairs(*JOINING)
     for base in (tiny("llama", vocab=len(tokenizer)), classifier("llama", tokenizer)):
-        place = save(tmp_path / type(base).__name__, base)
+        place = save(tmp_path / type(base).__name__, base, tokenizer)
         base = AutoModelForSequenceClassification.from_pretrained(place, num_labels=1, dtype=DOUBLE)
         model = with_adapter(None, base, "SEQ_CLS", target_modules=["q_proj"])
         name = save(f"{place}+", model, tokenizer)
         if "CausalLM" in name:
             with pytest.raises(brain.UserError, match=f"--reward-model {re.escape(name)}: "):
                 brain.RewardModel.from_pretrained(name)
-    found = brain.RewardModel.from_pretrained(name, dtype=DOUBLE)(PROMPT, OUTPUTS)
-    equal_rewards(found, scores_of(model.merge_and_unload().eval(), tokenizer, [PROMPT + y for y in OUTPUTS]))
+    expected = scores_of(model.merge_and_unload().eval(), tokenizer, [PROMPT + y for y in OUTPUTS])
+    for _ in range(2):
+        found = brain.RewardModel.from_pretrained(name, tokenizer=letters(), dtype=DOUBLE)
+        equal_rewards(found(PROMPT, OUTPUTS), expected)
+        for file in Path(name).glob("tokenizer*"):
+            file.unlink()
 
 
 @pytest.fixture
@@ -1222,9 +1233,9 @@ def test_prompts_that_do_not_fit_are_left_out_and_counted(capsys):
     assert "train: 4 prompts; 2 left out, empty or too long" in capsys.readouterr().out
     with pytest.raises(brain.UserError, match="--dataset d: every prompt of test"):  # the beginning counts
         prompts_of(rows[4:5], byte_pairs(*JOINING, specials=BOTH, begins=True), "test", max_prompt_tokens=1)
-    # in a reward model's context of 10, with outputs of 3 tokens
-    reward = brain.RewardModel(classifier("gpt2", letters(), n_positions=10), letters())
-    sizes = (4, 1), (8, 1), (4, 9), (7, 3), (7, 4)
+    # in a reward model's context of 13, with outputs of 3 tokens, which may be 6 there
+    reward = brain.RewardModel(classifier("gpt2", letters(), n_positions=13), letters())
+    sizes = (4, 1), (8, 1), (4, 10), (7, 6), (7, 7)
     rows = [{"prompt": " a" * prompt, "label": " b" * gold} for prompt, gold in sizes]
     prompts = prompts_of(rows, letters(), reward=reward, max_prompt_tokens=9, max_new_tokens=3)
     assert [example.row for example in prompts] == [0, 3]
@@ -1251,7 +1262,7 @@ def test_messages_become_prompts_by_the_policys_chat_template():
     ("", "\n\nHuman: q\n\nAssistant: x\n\nHuman: r\n\nAssistant:", "", " ab", " ac\n\nAssistant: z"),
     ("POST: ca\n\n", "TL;DR:", "POST: ca\n", " a", " ab"), ("q", "", "q", "TL;DR: a", "ab TL;DR: b"),
     ("", MESSAGES, [], reply("ab"), reply("ac")), (MESSAGES, [], MESSAGES, reply("a"), reply("a")),
-    ("", "", "", "ab", "ac"),
+    ("", "", "", "ab", "ac"), ("", [], [], MESSAGES, reply("b")),
 ])  # fmt: skip
 def test_what_both_answers_begin_with_belongs_to_the_prompt(own, beginning, before, chosen, rejected):
     """Wrong: up to a cue within one answer; up to the last common letter; the cue left; a prompt lost."""
@@ -1367,6 +1378,7 @@ def test_gold_answers_and_pairs_are_as_the_policy_would_have_written_them():
     tokenizer.chat_template = CHAT  # ends in "a:", so that nothing brings a space
     row = {"prompt": MESSAGES, "chosen": reply("bc"), "rejected": reply("bb")}
     assert pair_of(row)[1:] == ["b|c|<end>", "bb|<end>"]
+    assert pair_of(row | {"rejected": reply(None)})[1:] == ["b|c|<end>", "<end>"]  # a call of a tool
     assert len(pair_of(row, split="validation")) == len(pair_of(row, method="brain")) == 1
 
 
@@ -1444,12 +1456,13 @@ def test_evaluation_by_hand(goodness, beta, rows):
         assert metrics["elbo"] == pytest.approx(metrics["reward"] - metrics["kl_to_prior"], abs=1e-12)
 
 
-def test_a_greedy_evaluation_takes_the_most_likely_tokens(tmp_path):
+@pytest.mark.parametrize("method", ["brain", "rso", "dpo"])
+def test_a_greedy_evaluation_takes_the_most_likely_tokens(method, tmp_path):
     """Each token is the argmax over known ids of plain forwards of q_theta; elbo and KL still come from
     draws. Wrong: those of the prior; ids without a token; sums over one output; outputs that go past their
     end."""
-    s = settings_by_hand(goodness="bradley-terry", greedy=True, eval_prompts=0, select_by="elbo")
-    s.output_dir, policy, answers = tmp_path.as_posix(), moved_policy(), []
+    s = settings_by_hand(goodness="bradley-terry", greedy=True, eval_prompts=0, method=method)
+    s.select_by, s.output_dir, policy, answers = "elbo", tmp_path.as_posix(), moved_policy(), []
     run = brain.Run(s, liking, {"train": [], "validation": seven_prompts(), "test": []})
     run.start(policy, torch.optim.AdamW(policy.parameters().values()))
     metrics = read_lines(tmp_path / "metrics.jsonl")[0]
@@ -1770,7 +1783,7 @@ DEFAULTS = dict.fromkeys((TEXTS + " max_prompt_tokens outputs_per_forward").spli
     dtype="float32", iterations=4, samples_per_prompt=32, prompts_per_iteration=1000, batch_size=8,
     updates_per_iteration=250, max_new_tokens=64, learning_rate=1e-5, lr_scheduler_type="linear",
     warmup_steps=0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, lora_rank=8, lora_alpha=32,
-    load_in_4bit=False, eval_prompts=128, eval_every=250,
+    load_in_4bit=False, eval_prompts=128, eval_every=250, greedy=False,
 )  # fmt: skip
 EDGES = dict.fromkeys("seed iterations eval_prompts lora_rank warmup_steps".split(), 0) | dict.fromkeys((
     "prompts_per_iteration updates_per_iteration batch_size max_prompt_tokens max_new_tokens lora_alpha "
@@ -1804,7 +1817,7 @@ def test_what_is_typed_counts_before_companions_and_these_before_defaults(model,
         for words in ([f"--{name}", str(value)], [hyphens, str(value)], [f"{hyphens}={value}"]):
             found = vars(brain.parse([*start, *words]))
             assert found == expected and type(found[name]) is type(value), name
-    for name in ("overwrite", "load_in_4bit"):
+    for name in ("overwrite", "load_in_4bit", "greedy"):
         assert vars(brain.parse([*start, brain.flag(name)])) == before | {name: True}
     own = dict.fromkeys(("reward_model", "reward_base", "reward_template")) | dict(reward_function="f.py:f")
     if model == SFT:
@@ -1817,7 +1830,7 @@ def test_settings_that_follow_from_others(monkeypatch):
     own = dict(iterations=6, prompts_per_iteration=128, updates_per_iteration=60, eval_every=60, lora_rank=0)
     own |= dict(learning_rate=1e-3, weight_decay=0.0, max_prompt_tokens=2, max_new_tokens=5, eval_prompts=64)
     tried, own["select_by"] = [], "self_normalized_kl"
-    monkeypatch.setattr(torch, "zeros", lambda size, device: tried.append(device))
+    monkeypatch.setattr(torch, "zeros", lambda size, device: tried.append(device) or torch.ones(1))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = vars(brain.parse(["--max-new-tokens", "5"]))
     assert found == DEFAULTS | own and brain.parse([]).max_new_tokens == 4 and set(tried) == {"cpu"}
@@ -2066,8 +2079,8 @@ REFUSED = [  # arguments, then what the one line on stderr must name
     *each("reward_label", {None: "LABEL_0", 3: "LABEL_2"}, **BY_MODEL),
     *each("reward_model", {"model": "score.", "evil-reward": "", "evil.bin": "--reward-base"}, **BY_MODEL),
     *each("reward_model", {"evil.bin": ""}, **BY_MODEL, reward_base="model"),
-    *each("dataset", {"nosuch.jsonl": "", "empty": "", "broken.jsonl": "", "latin.jsonl": "utf-8"}),
-    *each("dataset", {"one.jsonl": "number of samples 1"}),
+    *each("dataset", {"no.jsonl": "no such file", "no.json": "no such file", "empty": "", "broken.jsonl": "",
+                      "latin.jsonl": "utf-8", "one.jsonl": "number of samples 1"}),
     *each("dataset", {"long.jsonl": "every prompt of train is empty or too long"}, max_prompt_tokens=500),
     *[row for both in (None, True) for row in each(
         "output_dir", {"run": "--resume or --overwrite"}, resume=both, overwrite=both)],
@@ -2077,7 +2090,7 @@ REFUSED = [  # arguments, then what the one line on stderr must name
      "--goodness bradley-terry, --seed 0;"),
     *[([f"--{name}", "8"], f"--{name}: the toy world has its own") for name in (
         "reward-model", "reward-function", "dataset", "base-model", "tokenizer", "lora-rank")],
-    (["--max-new-tokens", "6"], "--max-new-tokens: the toy world"),
+    *[(["--max-new-tokens", size], "--max-new-tokens: the toy world") for size in "16"],
 ]  # fmt: skip
 
 
