@@ -1749,6 +1749,28 @@ def test_report(gold, small_toy, monkeypatch, tmp_path):
     assert len(shown) == 9 and (not gold or all(map(len, shown.values())))
 
 
+@pytest.mark.parametrize("place, error, told", [
+    ((torch, "save"), RuntimeError("failed writing file"), "once the disk has room: .*: failed writing file"),
+    ((brain.Run, "write"), OSError(28, "No space left on device"), "No space left on device; --resume may"),
+])  # fmt: skip
+def test_a_full_disk_ends_the_run_in_one_line(place, error, told, small_toy, monkeypatch, tmp_path, capsys):
+    """At its fourth writing, after which the run goes on. Wrong: a traceback; a checkpoint cut in writing."""
+    command, calls, write = [*SHORT, "--output-dir", tmp_path / "run"], [], getattr(*place)
+
+    def full(*arguments):
+        calls.append(1)
+        if len(calls) < 4:
+            return write(*arguments)
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, full)
+        assert brain.main(command) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("brain")]
+    assert re.search(told, line)
+    assert brain.main([*command, "--resume"]) == 0
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(small_toy, monkeypatch, tmp_path, capsys):
     """Exit 2 and one line; metrics and checkpoint without that update. Wrong: a traceback; NaN in a line."""
     real, calls = brain.brain_loss, itertools.count(1)
