@@ -107,9 +107,9 @@ from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, Dyn
 #
 # 1. The mathematics
 #
-# These are pure functions of tensors. The n outputs of one prompt lie on the last axis; any axes may stand
-# before it. Everything stays a logarithm, in nats, until the last step: exp(reward) overflows float32 above
-# 88.
+# These are pure functions, all but the last of tensors. The n outputs of one prompt lie on the last axis; any
+# axes may stand before it. Everything stays a logarithm, in nats, until the last step: exp(reward) overflows
+# float32 above 88.
 
 
 def log_goodness(reward, model="bradley-terry", beta=1.0):
@@ -121,10 +121,10 @@ def log_goodness(reward, model="bradley-terry", beta=1.0):
                      ones.
     The choice matters. Under "logistic" two outputs with high rewards count as equally good.
 
-    beta (departure 9) divides the result, so the posterior is proportional to p(y|x) p(G=1|y,x)^(1/beta). By
-    Theorem 7.1 that is the policy that maximises E[log p(G=1|y,x)] - beta KL(policy || prior), for
-    Bradley-Terry the objective of PPO and DPO. Above 1 it stays nearer the prior, below 1 it chases the
-    reward.
+    beta (departure 9; not the beta_i of eq. 11) divides the result, so the posterior is proportional to
+    p(y|x) p(G=1|y,x)^(1/beta). By Theorem 7.1 that is the policy that maximises E[log p(G=1|y,x)] - beta
+    KL(policy || prior), for Bradley-Terry the objective of PPO and DPO. Above 1 it stays nearer the prior,
+    below 1 it chases the reward.
     """
     if model == "bradley-terry":
         return reward / beta
@@ -150,9 +150,9 @@ def posterior_weights(log_p, log_q_proposal, log_good):
 def policy_weights(log_q, log_q_proposal):
     """beta_hat (eq. 11), the policy's weights of n outputs. Arguments (..., n). -> (..., n), sums to 1
 
-    beta_i = q_theta(y_i|x) / q'(y_i|x). For new samples, until the first update, q_theta is the proposal that
-    drew them. Then every beta_i is 1, and every beta_hat_i is 1/n. (If q' stays p, this holds only until the
-    first update of the run.)
+    beta_i = q_theta(y_i|x) / q'(y_i|x). At the start of a round, before its first update, q_theta is the
+    proposal that drew the samples of this round. For those, every beta_i is 1, and every beta_hat_i is 1/n.
+    (For methods with q' = p, this holds only before the first update of the run.)
     """
     return torch.softmax(log_q - log_q_proposal, dim=-1)
 
@@ -224,13 +224,14 @@ def effective_sample_size(weights):
 # How far is a policy q from the posterior? On a real model nobody can enumerate the outputs, but with
 # w(y) = p(y|x) p(G=1|y,x) / q(y|x) two averages over draws y ~ q give a partial answer:
 #
-#     E_q[log w]  =  log p(G=1|x) - KL(q || posterior)            the evidence lower bound, `elbo`
-#     E_q[w]      =  p(G=1|x), so E[log mean_i w_i]  <=  log p(G=1|x), rising to it with n: `log_evidence`
+#     E_q[log w]           =   log p(G=1|x) - KL(q || posterior)    the evidence lower bound, `elbo`
+#     E[log mean_i w_i]    <=  log p(G=1|x), because E_q[w] = p(G=1|x)    the n-draw bound, `log_evidence`
+#
+# The second bound rises to log p(G=1|x) with n.
 #
 # Hence the gap log_evidence - elbo is, in expectation, a lower bound of KL(q || posterior). This is the
-# reverse of the divergence that training lowers. A large gap shows that q is far. (The errors that are logged
-# for both contain the spread between prompts, which cancels in the gap.) A small one is no proof that q is
-# near: good outputs that q never draws do not show. D_n on draws of the prior shows those, see
+# reverse of the divergence that training lowers. A large gap shows that q is far. A small gap does not prove
+# that q is near: it cannot show good outputs that q never draws. D_n on draws of the prior shows those, see
 # `held_out_divergence`. Bradley-Terry leaves a constant of log p(G=1|x) unknown, which cancels in the gap.
 # With beta, p(G=1|y,x)^(1/beta) and its mean under p stand for p(G=1|y,x) and p(G=1|x).
 
@@ -265,7 +266,7 @@ def win_rate(rewards, gold_rewards):
 # ------------------------------------------------------------------------------------------
 # 2. The methods of Tables 1 and 3
 #
-# Each is a row of settings for the same code: BRAIn, and what is left when one of its parts is taken away.
+# Each is a row of settings for the same code: BRAIn, and BRAIn with some of its parts replaced.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +280,8 @@ class Method:
                 "data"    the data's own pair (chosen, rejected), so n = 2
     group_size  how many outputs are normalised together. None: all n. With 2, 32 outputs are 16 pairs.
     argmax      give all weight to the best output of a group (for "data", to the human choice), instead of
-                the softmax of eq. 6. `--beta` then scales log q - log q' in the loss, as in DPO.
+                the softmax of eq. 6. An argmax does not see beta, so there `--beta` scales log q - log q' in
+                the loss, as in DPO.
     baseline    subtract the baseline of eq. 10. Without it the gradient is eq. 7 (section 9.3).
     """
 
@@ -293,7 +295,11 @@ class Method:
         return x.reshape(-1, min(self.group_size or len(x), len(x)))
 
     def alpha_hat(self, log_p, log_q_proposal, log_good):
-        """Posterior weights, normalised within each group. Arguments (n,). -> (n,)"""
+        """Posterior weights, normalised within each group. Arguments (n,). -> (n,)
+
+        For "data" the arguments are the one pair. (Evaluation calls this with other samples, and does not use
+        the result.)
+        """
         if self.source == "data":  # the human choice is the first output of the pair
             return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
         log_p, log_q_proposal, log_good = map(self.grouped, (log_p, log_q_proposal, log_good))
@@ -321,8 +327,8 @@ def rejection_sample(log_good, n, generator=None):
     indices
 
     log_good (N,), N >= n. A candidate of log goodness g is accepted with probability exp(g - g_max). Accepted
-    ones leave the pool and g_max is taken anew, until n are kept. It is an approximation: exact sampling from
-    the posterior would need an upper bound over all outputs, and candidates that never run out.
+    ones leave the pool and g_max is recomputed over the rest, until n are kept. It is an approximation: exact
+    sampling from the posterior would need an upper bound over all outputs, and candidates that never run out.
     """
     pool, kept = torch.arange(len(log_good)), []
     while len(kept) < n:
@@ -340,13 +346,15 @@ def rejection_sample(log_good, n, generator=None):
 #     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or from p
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
-# The policy also gives the text of an output, whether it ended by itself, and what its parameters are.
+# In passing, the policy also gives the text of an output, whether it ended by itself, and its parameters.
 #
-# `run` does the bookkeeping around the algorithm. `run.start` restores a killed run, `run.collect` calls
-# draw(i) for each index i or returns the samples that the killed run had, `run.steps` lists the updates that
-# are still to do, and `run.after_update` logs, evaluates and saves. Without all that, `collect` is
-# [draw(i) for i in prompts], `steps` is range((t - 1) k + 1, t k + 1), and the other two do nothing. A
-# resumed run passes through its finished rounds again: they return their stored samples and have no steps.
+# `train` also calls `run`, which logs, evaluates, saves and resumes. To follow the method, read
+#     run.start(...)               as nothing
+#     run.collect(t, rows, draw)   as [draw(i) for i in rows]
+#     run.steps(t)                 as range((t - 1) k + 1, t k + 1)
+#     run.after_update(...)        as nothing
+# A resumed run passes through its finished rounds again: collect then returns what was stored, and steps is
+# empty.
 
 
 @dataclasses.dataclass
@@ -359,7 +367,7 @@ class Samples:
     texts: list  # n strings
     reward: torch.Tensor  # (n,)
     log_p: torch.Tensor  # (n,)
-    log_q_proposal: torch.Tensor  # (n,) under the proposal that drew them; for rso and data log p, as in DPO
+    log_q_proposal: torch.Tensor  # (n,) under the proposal; "rso" and "data" record log p instead, as DPO
     alpha_hat: torch.Tensor  # (n,)
 
 
@@ -535,7 +543,10 @@ def mean_and_error(values):
 
 
 def mean_evidence(drawn, settings):
-    """elbo and log_evidence of the proposal that drew these Samples: means and standard errors."""
+    """elbo and log_evidence of the proposal that drew these Samples: means and standard errors.
+
+    The errors contain the spread between prompts. Both share it, so it cancels in the gap.
+    """
     metrics = {}
     for name, bound in {"elbo": elbo, "log_evidence": log_evidence}.items():
         values = []
@@ -606,7 +617,7 @@ class Policy:
         self._unknown = None
         self.prior_model = self.prior_adapter = None
         self.shares_prompt = self.keeps_cache = False  # until `_check` has tried them
-        self.ends = []  # set after the check, whose outputs have their full length
+        self.ends = []  # set after the check, so that no draw of the check ends early
         # A prompt of 5 tokens and outputs of 6 and 1, scattered over the vocabulary, without special tokens.
         # `_check` compares with their log-probabilities by plain forwards of the model as it comes.
         ordinary = sorted(set(self._known.tolist()) - set(tokenizer.added_tokens_decoder)) or self._known
@@ -667,12 +678,13 @@ class Policy:
     def _forward(self, model, ids, keep, cache=None, use_cache=False):
         """One forward of ids (B, T). -> (logits (B, keep, V) of the last `keep` positions, cache or None)
 
-        The other logits are not computed: over a prompt of 500 tokens they are the largest tensor. A cache
-        that is passed in grows by T tokens. Where the prompt is shared, a new cache is a plain one. The
-        model's own would drop keys by config.sliding_window, even if its attention does not use that.
+        Where the model allows it, the other logits are not computed: over a prompt of 500 tokens they are the
+        largest tensor. A cache that is passed in grows by T tokens. Where the prompt is shared, a new cache
+        is a plain one: with config.sliding_window, a model's own cache drops old keys, even if its attention
+        reads all of them.
         """
         arguments = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
-        if cache is not None or use_cache and self.shares_prompt:
+        if cache is not None or (use_cache and self.shares_prompt):
             arguments[self._cache_name] = DynamicCache() if cache is None else cache
         output = model(input_ids=ids, use_cache=use_cache, **arguments)
         return output.logits[:, -keep:], getattr(output, self._cache_name, None)
@@ -696,9 +708,8 @@ class Policy:
 
         prompt_ids (P,); outputs: n LongTensors (T_i,) as `sample` returns them. An end token counts like any
         other token. A truncated output has none, but is an outcome like any other: it has the probability of
-        its tokens and the reward of its text. With
-        `outputs_per_forward` the outputs go in chunks, and the backward computes each chunk again, so that
-        only one chunk's activations exist at a time.
+        its tokens and the reward of its text. With `outputs_per_forward` the outputs go in chunks, and the
+        backward computes each chunk again, so that only one chunk's activations exist at a time.
         """
         prompt = prompt_ids.to(self.device)[None]  # (1, P)
         size = self.outputs_per_forward or len(outputs)
@@ -718,7 +729,7 @@ class Policy:
             # Only to save time: the prompt is computed once for all outputs of the chunk, and its keys and
             # values are repeated. At 512 + 48 tokens and n = 32 an update was 11 times as fast on two CPU
             # cores as with whole sequences and all their logits. The last prompt token is fed with each
-            # output, because its logits predict the output's first token.
+            # output, because its logits predict the output's first token. Gradients flow through the cache.
             _, cache = self._forward(model, prompt[:, :-1], 1, use_cache=True)
             cache.reorder_cache(torch.zeros(len(ids), dtype=torch.long))  # its one row, c times
             before = prompt[:, -1:]
@@ -813,8 +824,8 @@ class Policy:
             # PiSSA, OLoRA and their kind change the base when an adapter is added.
             same = self._agree(self.log_prob(prompt, outputs[:1], prior), before[:1], 1e-3)
             refuse_if(not same, f"--model: its adapter changes {self.name} itself; merge it into its base")
-        # A causal model does not see what differs between these two rows, their last token. Nor does it see
-        # the padding behind the short output.
+        # These two rows differ in their last token. The logits at the token before it must be the same. Nor
+        # does a causal model see the padding behind the short output.
         rows = torch.stack([prompt, torch.cat([prompt[:-1], outputs[1]])]).to(self.device)
         same = self._agree(*self._forward(self.model, rows, 2)[0][:, 0], 1e-3)
         causal = same and self._agree(self.log_prob(prompt, outputs), before)
@@ -892,7 +903,7 @@ def pad_right(sequences, device):
 
 
 # ------------------------------------------------------------------------------------------
-# 5. Rewards
+# 5. Loading and texts, and the rewards
 
 
 @contextlib.contextmanager
@@ -925,7 +936,7 @@ def load_model(kind, name, flag_name, **arguments):
     options = {"output_loading_info": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     with library_errors(flag_name, name):
         model, info = kind.from_pretrained(source, **options, **arguments)
-    # A bare checkpoint must also have no parameter left over.
+    # A bare checkpoint (see `RewardModel.from_pretrained`) must also have no parameter left over.
     problems = ("missing_keys", "mismatched_keys", "unexpected_keys")[: 2 if source else 3]
     wrong = sorted(str(parameter) for problem in problems for parameter in info[problem])
     refuse_if(wrong, f"{flag_name} {name}: {len(wrong)} parameters do not fit, such as {wrong[:1]}")
@@ -1200,8 +1211,8 @@ def is_text(value):
 
 
 def answer_text(prompt, answer):
-    """An answer of the data as an output would continue its prompt: a space goes before it, unless one of
-    them brings white space."""
+    """An answer of the data as an output would continue its prompt: a space goes before it, unless the
+    prompt ends or the answer begins with white space."""
     if is_messages(answer):
         answer = answer[-1]["content"] or ""  # the last message is the reply
     if isinstance(prompt, str) and answer and not prompt[-1:].isspace() and not answer[0].isspace():
@@ -1492,7 +1503,7 @@ class Run:
         if split == "validation":
             divergences = [held_out_divergence(self.policy, samples, settings) for samples in self.held_out]
             metrics["self_normalized_kl"] = float(np.mean(divergences))
-            score = metrics.get(settings.select_by, metrics["elbo"])  # if no prompt has gold
+            score = metrics.get(settings.select_by, metrics["elbo"])  # if none of these prompts has gold
             score = -score if settings.select_by == "self_normalized_kl" else score
             if score >= self.best:  # of equal ones the later
                 self.best, self.kept = score, step
