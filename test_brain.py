@@ -1805,9 +1805,9 @@ TEXTS += "dataset dataset_config dataset_train_split dataset_test_split output_d
 DEFAULTS = dict.fromkeys((TEXTS + " max_prompt_tokens outputs_per_forward").split()) | dict(
     model="toy", method="brain", beta=1.0, resume=False, overwrite=False, seed=0, device="cpu",
     dtype="float32", iterations=4, samples_per_prompt=32, prompts_per_iteration=1000, batch_size=8,
-    updates_per_iteration=250, max_new_tokens=64, learning_rate=1e-5, lr_scheduler_type="linear",
+    updates_per_iteration=400, max_new_tokens=64, learning_rate=1e-5, lr_scheduler_type="linear",
     warmup_steps=0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, lora_rank=8, lora_alpha=32,
-    load_in_4bit=False, eval_prompts=128, eval_every=250, greedy=False,
+    load_in_4bit=False, eval_prompts=128, eval_every=400, greedy=False,
 )  # fmt: skip
 EDGES = dict.fromkeys("seed iterations eval_prompts lora_rank warmup_steps".split(), 0) | dict.fromkeys((
     "prompts_per_iteration updates_per_iteration batch_size max_prompt_tokens max_new_tokens lora_alpha "
