@@ -1630,7 +1630,7 @@ class Settings:
     outputs_per_forward: int | None = setting(None, "outputs in the model at once; if not given, n", lowest=1)
     # evaluation
     eval_prompts: int = setting(128, "prompts per evaluation; 0: the whole split", lowest=0)
-    greedy: bool = setting(False, "win_rate and reward of the most likely output, not of draws")
+    greedy: bool = setting(False, "win_rate and reward of greedy outputs, not of draws")
     eval_every: int | None = setting(None, "updates between evaluations; a round, at most 1000", lowest=1)
     # Which model is kept. By default the best by win_rate where there are gold answers, else by elbo.
     select_by: str | None = setting(None, "default: by the data", ("win_rate", "elbo", "self_normalized_kl"))
