@@ -45,7 +45,7 @@ Map                                     paper                         here
     posterior weights alpha_hat         eq. 6, 20, 21                 posterior_weights
     policy weights beta_hat             eq. 11                        policy_weights
     self-normalised KL divergence       eq. 13 and 14                 self_normalized_kl
-    the loss whose gradient is eq. 12   eq. 12, Theorem 4.2           brain_loss
+    loss of gradient minus eq. 12       eq. 12, Theorem 4.2           brain_loss
     DPO                                 section 6, Theorem 6.1        dpo_loss, METHODS
     how far from the posterior          eq. 1, Theorem 7.1            elbo, log_evidence, and their gap
     rows of Tables 1 and 3              section 9                     METHODS, rejection_sample
@@ -107,9 +107,9 @@ from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, Dyn
 #
 # 1. The mathematics
 #
-# These are pure functions, all but the last of tensors. The n outputs of one prompt lie on the last axis; any
-# axes may stand before it. Everything stays a logarithm, in nats, until the last step: exp(reward) overflows
-# float32 above 88.
+# These are pure functions; all but the last take tensors. The n outputs of one prompt lie on the last axis;
+# any axes may stand before it. Everything stays a logarithm, in nats, until the last step: exp(reward)
+# overflows float32 above 88.
 
 
 def log_goodness(reward, model="bradley-terry", beta=1.0):
@@ -123,13 +123,13 @@ def log_goodness(reward, model="bradley-terry", beta=1.0):
 
     beta (departure 9; not the beta_i of eq. 11) divides the result, so the posterior is proportional to
     p(y|x) p(G=1|y,x)^(1/beta). By Theorem 7.1 that is the policy that maximises E[log p(G=1|y,x)] - beta
-    KL(policy || prior), for Bradley-Terry the objective of PPO and DPO. Above 1 it stays nearer the prior,
-    below 1 it chases the reward.
+    KL(policy || prior), for Bradley-Terry the objective of PPO and DPO. With beta above 1 the policy stays
+    nearer the prior, with beta below 1 it chases the reward.
     """
     if model == "bradley-terry":
         return reward / beta
     if model == "logistic":
-        return F.logsigmoid(reward) / beta  # stable; log(sigmoid(r)) underflows below about r = -89
+        return F.logsigmoid(reward) / beta  # stable; sigmoid(r) is 0 below about r = -89
     raise ValueError(f"unknown goodness model {model!r}: give 'bradley-terry' or 'logistic'")
 
 
@@ -190,9 +190,9 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
     of eq. 13, which proves Theorem 4.2.
 
     The paper introduces the beta_hat term as a baseline: it estimates E_q[grad log q] = 0 (eq. 8 to 10) from
-    the same draws. baseline=False leaves it out and gives -sum_i alpha_hat_i log q_i, whose gradient is minus
-    eq. 7, sum_i alpha_hat_i grad log q_i (section 9.3). That raises every output, bad ones a little too. At
-    the posterior it is noise, whereas eq. 12 is zero for every draw.
+    the same draws. baseline=False leaves it out and gives -sum_i alpha_hat_i log q_i. Its gradient is minus
+    eq. 7, that is -sum_i alpha_hat_i grad log q_i (section 9.3). That raises every output, bad ones a little
+    too. At the posterior it is noise, whereas eq. 12 is zero for every draw.
 
     With n = 2, q' = p and alpha_hat = (1, 0) the loss is -log beta_hat_1. A softmax of two is the sigmoid of
     their difference, so this is the DPO loss (Theorem 6.1).
@@ -282,7 +282,7 @@ class Method:
     argmax      give all weight to the best output of a group (for "data", to the human choice), instead of
                 the softmax of eq. 6. An argmax does not see beta, so there `--beta` scales log q - log q' in
                 the loss, as in DPO.
-    baseline    subtract the baseline of eq. 10. Without it the gradient is eq. 7 (section 9.3).
+    baseline    subtract the baseline of eq. 10. Without it the loss has the gradient minus eq. 7 (9.3).
     """
 
     source: str = "policy"
@@ -291,14 +291,14 @@ class Method:
     baseline: bool = True
 
     def grouped(self, x):
-        """(n,) -> (groups, group size). A single output, as `--greedy` has it, is a group of its own."""
+        """(n,) -> (groups, group size). A single output, as with `--greedy`, is one group."""
         return x.reshape(-1, min(self.group_size or len(x), len(x)))
 
     def alpha_hat(self, log_p, log_q_proposal, log_good):
         """Posterior weights, normalised within each group. Arguments (n,). -> (n,)
 
-        For "data" the arguments are the one pair. (Evaluation calls this with other samples, and does not use
-        the result.)
+        For "data" the arguments are the one pair. (Evaluation calls this with other samples and does not use
+        the result, which is empty for a single output.)
         """
         if self.source == "data":  # the human choice is the first output of the pair
             return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
@@ -316,7 +316,7 @@ METHODS = {
     "dpo-sft+iw+n": Method("prior"),  # all n outputs, weighted by softmax(r): BRAIn with a fixed proposal
     "dpo-sft+iw": Method("prior", group_size=2),  # pairs, weighted by the softmax instead of the argmax
     "dpo-sft": Method("prior", group_size=2, argmax=True),  # DPO on pairs of the prior, the SFT model
-    "rso": Method("rso", group_size=2, argmax=True),  # DPO on pairs that are nearer to the posterior
+    "rso": Method("rso", group_size=2, argmax=True),  # DPO on pairs of draws nearer to the posterior
     "dpo": Method("data", group_size=2, argmax=True),  # DPO on human pairs
 }
 RSO_CANDIDATES = 4  # draws per output that is kept (departure 8)
@@ -343,9 +343,10 @@ def rejection_sample(log_good, n, generator=None):
 # 3. Algorithm 1
 #
 # The language model and its reward are used through three calls:
-#     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or from p
+#     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or p
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
+# With `--greedy`, an evaluation also calls sample(prompt_ids, 1, max_new_tokens, greedy=True).
 # In passing, the policy also gives the text of an output, whether it ended by itself, and its parameters.
 #
 # `train` also calls `run`, which logs, evaluates, saves and resumes. To follow the method, read
@@ -367,7 +368,7 @@ class Samples:
     texts: list  # n strings
     reward: torch.Tensor  # (n,)
     log_p: torch.Tensor  # (n,)
-    log_q_proposal: torch.Tensor  # (n,) under the proposal; "rso" and "data" record log p instead, as DPO
+    log_q_proposal: torch.Tensor  # (n,) under the proposal; "rso", "data", "greedy" have log p instead
     alpha_hat: torch.Tensor  # (n,)
 
 
@@ -497,8 +498,9 @@ def diagnostics(samples, log_q, method):
     `update` adds the loss, `ended` (the share of outputs that were not truncated) and `grad_norm`.
 
     ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax 1 without ties). It
-                 rises as q' nears the posterior. Near 1, one output has all the weight: the rewards are too
-                 far apart for this n. Raise --samples-per-prompt or --beta.
+                 rises as q' nears the posterior. Near 1, one output has all the weight: for this n the
+                 rewards, or in later rounds r + log p - log q', are too far apart. Raise --samples-per-prompt
+                 or --beta.
     ess_beta     that of beta_hat. It is n (or 2) where q_theta is still the proposal and falls as q_theta
                  leaves the proposals that drew the samples, for those of old rounds most. If it is near 1
                  before the first renewal of the proposal, the policy has outrun its samples: lower
@@ -545,7 +547,8 @@ def mean_and_error(values):
 def mean_evidence(drawn, settings):
     """elbo and log_evidence of the proposal that drew these Samples: means and standard errors.
 
-    The errors contain the spread between prompts. Both share it, so it cancels in the gap.
+    The errors contain the spread between prompts. elbo and log_evidence share that
+    spread, so it cancels in their gap.
     """
     metrics = {}
     for name, bound in {"elbo": elbo, "log_evidence": log_evidence}.items():
@@ -591,6 +594,10 @@ class Policy:
                          an adapter, p keeps it, and q_theta is a second adapter that starts as a copy of it.
     lora_alpha           LoRA's scale is lora_alpha / lora_rank
     outputs_per_forward  how many outputs go through the model at once. None: all that are asked for.
+
+    The model is scored by plain forwards first. Then q_theta and p are made from it, and `_check` compares
+    them with these scores, looks whether the model is causal, and tries the two ways to save time: a cache in
+    sampling (keeps_cache) and a shared prompt in scoring (shares_prompt). Until then every forward is plain.
 
     Dropout stays off. With dropout, beta_hat would be noise where it should be 1/n. Of a checkpoint's
     generation config only the end-of-sequence ids are used: with its top-k or temperature, log q' would not
@@ -715,7 +722,7 @@ class Policy:
         chunks = [outputs[i : i + size] for i in range(0, len(outputs), size)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not prior), self._using(prior) as model:
             score = functools.partial(self._score, model, prompt)
-            if len(chunks) > 1 and torch.is_grad_enabled():  # computed again with the policy's adapter on
+            if len(chunks) > 1 and torch.is_grad_enabled():  # the backward computes it again, as q_theta
                 score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
             return torch.cat([score(chunk) for chunk in chunks])
 
@@ -815,7 +822,7 @@ class Policy:
     def _check(self, prompt, outputs, before):
         """UserError if the model is not causal, or if p or q_theta is not the model as it came.
 
-        before (2,): the log-probabilities of the two outputs before any adapter was added, by plain forwards.
+        before (2,): the log-probabilities of the two outputs before the policy's adapter was added.
         If a shared or copied cache gives other numbers, the slower way is used.
         """
         refuse_if(not before.isfinite().all(), "--model: its logits are nan or inf; try --dtype float32")
@@ -823,12 +830,12 @@ class Policy:
             # PiSSA, OLoRA and their kind change the base when an adapter is added.
             same = self._agree(self.log_prob(prompt, outputs[:1], prior), before[:1], 1e-3)
             refuse_if(not same, f"--model: its adapter changes {self.name} itself; merge it into its base")
-        # The third row differs from the first in its last token. The logits at the token before it must be
-        # the same, up to ten times the noise between equal rows. Nor does a causal model see the padding
-        # behind the short output.
+        # These rows differ in their last token, in the third row. In a causal model the logits at the token
+        # before it are the same, up to noise, which the first two rows show.
         rows = torch.stack([prompt, prompt, torch.cat([prompt[:-1], outputs[1]])]).to(self.device)
         first, again, other = self._forward(self.model, rows, 2)[0][:, 0]
         same = self._agree(first, other, 1e-4 + 10 * (first - again).abs().max().item())
+        # In one batch the short output has padding behind it, which it had not when `before` was scored.
         causal = same and self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
         self.keeps_cache = True
@@ -1007,7 +1014,7 @@ class RewardModel:
         if label is not None or len(names) > 2:
             known = names + [str(i) for i in range(len(names))]
             refuse_if(label not in known or len(names) == 1, f"--reward-label {label}: labels are {names}")
-            self.label = known.index(label) % len(names)
+            self.label = known.index(label) % len(names)  # a name, or an index as text
         print(f"reward: {type(model).__name__}, label {names[self.label or 0]!r} of {names}")
         self.is_encoder = not hasattr(model, "score")  # the head of decoders, which read the last token
         self.context = context_of(model.config)
@@ -1228,6 +1235,7 @@ def split_pair(row):
     up to its last cue, "Assistant:" or "TL;DR:". Neither answer is ever left empty.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    # same: the index of the first difference, in letters or in messages
     differ = (i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b)
     same = next(differ, min(len(chosen), len(rejected)) - 1)
     if isinstance(chosen, str):
@@ -1607,8 +1615,8 @@ class Settings:
     # By default bfloat16 for LoRA on a GPU, where peft keeps the adapter in float32. Else float32, because
     # a step of 1e-5 is below the precision of bfloat16. The reward model has the same dtype.
     dtype: str | None = setting(None, "default: by the device", ("float32", "bfloat16", "float16", "float64"))
-    # Algorithm 1. As k x batch size / m = 3.2, the updates of a round visit each new sample three times.
-    # On a GPT-J of 2M parameters, neither 1.7 visits nor 2 or 8 rounds gave a higher elbo at the same cost.
+    # Algorithm 1. Over a run, each sample is visited k x batch size / m = 3.2 times on average. On a GPT-J of
+    # 2M parameters, neither 1.7 visits nor 2 or 8 rounds gave a higher elbo at the same cost.
     iterations: int = setting(4, "e: rounds of sampling and updates; 0 only evaluates", lowest=0)
     prompts_per_iteration: int = setting(1000, "m: prompts sampled for in a round", lowest=1)
     samples_per_prompt: int = setting(32, "n: outputs per prompt (paper: 32)", lowest=2)
@@ -1627,7 +1635,7 @@ class Settings:
     lora_rank: int = setting(8, "of a new adapter; 0: no adapter (paper: 8 for TL;DR, 64 for HH)", lowest=0)
     lora_alpha: int = setting(32, "a new adapter has scale alpha / rank (paper: 32; 16 for HH)", lowest=1)
     load_in_4bit: bool = setting(False, "base model in 4 bits; needs pip install bitsandbytes")
-    outputs_per_forward: int | None = setting(None, "outputs in the model at once; if not given, n", lowest=1)
+    outputs_per_forward: int | None = setting(None, "outputs in the model at once; default: all", lowest=1)
     # evaluation
     eval_prompts: int = setting(128, "prompts per evaluation; 0: the whole split", lowest=0)
     greedy: bool = setting(False, "win_rate and reward of greedy outputs, not of draws")
@@ -1692,7 +1700,7 @@ def settings_of_run(typed):
 def settle(s):
     """Refuses settings that do not go together, and settles those that depend on others.
 
-    Nothing has been loaded or written by then.
+    Nothing has been loaded or written at this point.
     """
     if s.model == "toy":
         for name in ("reward_model", "reward_function", "dataset", "base_model", "tokenizer", "lora_rank"):
