@@ -30,8 +30,10 @@ as n grows. For every n, minus eq. 12 is an unbiased estimate of the gradient of
 
 the self-normalised KL divergence between posterior and policy for a fixed proposal q' (Theorem 4.2, derived
 in the docstring of `brain_loss`). D_n is zero only at the posterior (Theorem 4.3), provided that n >= 2 and
-that q' can draw every output. With n = 1 both weights are 1, so D_1 = 0 for every policy. Both divergences
-are forward: the posterior, or its weights, come first, so a policy pays for every good output that it misses.
+that q' can draw every output: if the weights agree on every pair of outputs, the ratio of posterior to policy
+is the same for all outputs, so it is 1. With n = 1 both weights are 1, so D_1 = 0 for every policy. Both
+divergences are forward: the posterior, or its weights, come first, so a policy pays for every good output
+that it misses.
 
     python brain.py                                                  a toy world (toy/) with a known posterior
     python brain.py --model CarperAI/openai_summarize_tldr_sft       the paper's summarisation model
@@ -192,7 +194,8 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
     The paper introduces the beta_hat term as a baseline: it estimates E_q[grad log q] = 0 (eq. 8 to 10) from
     the same draws. baseline=False leaves it out and gives -sum_i alpha_hat_i log q_i. Its gradient is minus
     eq. 7, that is -sum_i alpha_hat_i grad log q_i (section 9.3). That raises every output, bad ones a little
-    too. At the posterior it is noise, whereas eq. 12 is zero for every draw.
+    too. At the posterior it is noise and the bias of normalised weights, whereas eq. 12 is zero for every
+    draw.
 
     With n = 2, q' = p and alpha_hat = (1, 0) the loss is -log beta_hat_1. A softmax of two is the sigmoid of
     their difference, so this is the DPO loss (Theorem 6.1).
@@ -200,7 +203,8 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
     alpha_hat, log_q_proposal = alpha_hat.detach(), log_q_proposal.detach()
     if not baseline:
         return -(alpha_hat * log_q.where(alpha_hat > 0, 0.0)).sum(-1).mean()
-    # log_softmax, not policy_weights(...).log(): a weight below e^-104 is 0 in float32.
+    # log_softmax, not policy_weights(...).log(): a weight below e^-104 is 0 in float32. The mask is that of
+    # `self_normalized_kl`; the normaliser still contains every output.
     log_beta = torch.log_softmax(log_q - log_q_proposal, dim=-1).where(alpha_hat > 0, 0.0)
     return F.kl_div(log_beta, alpha_hat, reduction="none").sum(-1).mean()
 
@@ -297,8 +301,7 @@ class Method:
     def alpha_hat(self, log_p, log_q_proposal, log_good):
         """Posterior weights, normalised within each group. Arguments (n,). -> (n,)
 
-        For "data" the arguments are the one pair. (Evaluation calls this with other samples and does not use
-        the result, which is empty for a single output.)
+        For "data" the arguments are the one pair, or in an evaluation outputs whose alpha_hat nobody reads.
         """
         if self.source == "data":  # the human choice is the first output of the pair
             return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
@@ -310,6 +313,7 @@ class Method:
         return (best / best.sum(-1, keepdim=True)).reshape(-1)  # departure 6
 
 
+# Names as in Table 3: iw for importance weights, the softmax in place of the argmax; n for groups of all n.
 METHODS = {
     "brain": Method(),
     "brain-no-baseline": Method(baseline=False),
@@ -347,7 +351,8 @@ def rejection_sample(log_good, n, generator=None):
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
 # With `--greedy`, an evaluation also calls sample(prompt_ids, 1, max_new_tokens, greedy=True).
-# In passing, the policy also gives the text of an output, whether it ended by itself, and its parameters.
+# In passing, the policy also gives the text of an output, whether it ended by itself, and its
+# trained parameters, {name: parameter}.
 #
 # `train` also calls `run`, which logs, evaluates, saves and resumes. To follow the method, read
 #     run.start(...)               as nothing
@@ -368,7 +373,7 @@ class Samples:
     texts: list  # n strings
     reward: torch.Tensor  # (n,)
     log_p: torch.Tensor  # (n,)
-    log_q_proposal: torch.Tensor  # (n,) under the proposal; "rso", "data", "greedy" have log p instead
+    log_q_proposal: torch.Tensor  # (n,) under the proposal; for "rso" and "data" log p, DPO's reference
     alpha_hat: torch.Tensor  # (n,)
 
 
@@ -500,7 +505,7 @@ def diagnostics(samples, log_q, method):
     ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax 1 without ties). It
                  rises as q' nears the posterior. Near 1, one output has all the weight: for this n the
                  rewards, or in later rounds r + log p - log q', are too far apart. Raise --samples-per-prompt
-                 or --beta.
+                 or --beta, which also moves the posterior.
     ess_beta     that of beta_hat. It is n (or 2) where q_theta is still the proposal and falls as q_theta
                  leaves the proposals that drew the samples, for those of old rounds most. If it is near 1
                  before the first renewal of the proposal, the policy has outrun its samples: lower
@@ -722,7 +727,7 @@ class Policy:
         chunks = [outputs[i : i + size] for i in range(0, len(outputs), size)]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not prior), self._using(prior) as model:
             score = functools.partial(self._score, model, prompt)
-            if len(chunks) > 1 and torch.is_grad_enabled():  # the backward computes it again, as q_theta
+            if len(chunks) > 1 and torch.is_grad_enabled():  # the backward, outside `_using`, runs it again
                 score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
             return torch.cat([score(chunk) for chunk in chunks])
 
@@ -830,18 +835,19 @@ class Policy:
             # PiSSA, OLoRA and their kind change the base when an adapter is added.
             same = self._agree(self.log_prob(prompt, outputs[:1], prior), before[:1], 1e-3)
             refuse_if(not same, f"--model: its adapter changes {self.name} itself; merge it into its base")
-        # These rows differ in their last token, in the third row. In a causal model the logits at the token
-        # before it are the same, up to noise, which the first two rows show.
+        # Only the third row has another last token. In a causal model its logits one token earlier equal
+        # those of the first row, up to the noise that the first two rows show.
         rows = torch.stack([prompt, prompt, torch.cat([prompt[:-1], outputs[1]])]).to(self.device)
         first, again, other = self._forward(self.model, rows, 2)[0][:, 0]
         same = self._agree(first, other, 1e-4 + 10 * (first - again).abs().max().item())
-        # In one batch the short output has padding behind it, which it had not when `before` was scored.
+        # In a batch with the other, the short output has padding behind it, which it had not in `before`.
         causal = same and self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
         self.keeps_cache = True
         if not self._cache_works(prompt, outputs, before):
             self.keeps_cache = False
             print(f"brain: the cache of {self.name} cannot be copied; sampling is slow", file=sys.stderr)
+        # This cache is the model's own, because shares_prompt is still False.
         _, cache = self._forward(self.model, prompt[None].to(self.device), 1, use_cache=self.keeps_cache)
         # Only keys and values can be shared, not recurrent states. A DummyLayer has none of its own: it reads
         # the keys and values of another layer. Sharing is tried, and kept if the numbers agree.
@@ -851,7 +857,7 @@ class Policy:
             self.shares_prompt = self._cache_works(prompt, outputs, before)
 
     def _cache_works(self, prompt, outputs, before):
-        """Whether the sampler's log-probabilities are those of `log_prob`, and these those of plain
+        """Whether the sampler's log-probabilities agree with `log_prob`, and `log_prob` with plain
         forwards."""
         try:
             uniform = torch.rand(2, 4, dtype=torch.float64, generator=seeded(0)).to(self.device)
@@ -1074,8 +1080,8 @@ class RewardModel:
         """Whether the outputs and the gold answer of an Example fit the context of this model.
 
         Prompts that do not fit are left out before training. Otherwise a run would die on its test split.
-        This model reads the text of an output, which may have more tokens here, so there is room for twice
-        as many.
+        This model reads the text of an output, which may have more tokens here, so twice as many are
+        allowed for.
         """
         used = len(self.ids(example.prompt, " a", example.columns)) - 1  # " a" is the output's first token
         gold = len(self.ids(example.prompt, example.gold or "", example.columns))
@@ -1292,7 +1298,7 @@ def load_splits(s):
 
 def check_rows(rows, at, method, split):
     """Rows with a column `prompt`, taken from a pair where there is none. For --method dpo, what the answers
-    of a pair have in common moves to its prompt, too. UserError names the first row without text."""
+    of a pair have in common is also moved to the prompt. UserError names the first row without text."""
     pairs = METHODS[method].source == "data"
     names = ["prompt", "chosen", "rejected"] if pairs and split == "train" else ["prompt"]
     columns = set(rows.column_names)
@@ -1577,7 +1583,8 @@ FREE = "output_dir resume overwrite device iterations outputs_per_forward eval_p
 
 
 def setting(default, text, choices=None, lowest=-math.inf, below=math.inf):
-    shown = "" if default is not None else "%(default).0s"  # else argparse adds "(default: None)"
+    # A default of None would be shown; this prints nothing in its place.
+    shown = "" if default is not None else "%(default).0s"
     metadata = {"help": text + shown, "choices": choices, "lowest": lowest, "below": below}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -1675,8 +1682,8 @@ def parse(argv):
         wrong = isinstance(value, (int, float)) and not lowest <= value < below
         refuse_if(wrong, f"{flag(field.name)} {value}: must be at least {lowest} and below {below}")
     settle(s)
-    kept = [x for x in before if s.resume and x not in FREE and getattr(s, x) != before[x]]
-    refuse_if(kept, f"--resume: the run has {', '.join(f'{flag(x)} {before[x]}' for x in kept)}; leave it so")
+    odd = [x for x in before if s.resume and x not in FREE and getattr(s, x) != before[x]]
+    refuse_if(odd, f"--resume: the run has {', '.join(f'{flag(x)} {before[x]}' for x in odd)}; leave it so")
     return s
 
 
@@ -1694,7 +1701,7 @@ def settings_of_run(typed):
     if typed.output_dir and path.exists() and any(path.iterdir()):
         refuse_if(not is_run, f"--output-dir {path}: holds other files; name another directory")
         refuse_if(typed.resume == typed.overwrite, f"--output-dir {path}: is a run; --resume or --overwrite?")
-    return {name: before.get(name) for name in vars(typed)} | {"overwrite": False}
+    return {name: before.get(name) for name in vars(typed)} | {"overwrite": False}  # --resume keeps all
 
 
 def settle(s):
