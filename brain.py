@@ -31,9 +31,9 @@ as n grows. For every n, minus eq. 12 is an unbiased estimate of the gradient of
 the self-normalised KL divergence between posterior and policy for a fixed proposal q' (Theorem 4.2, derived
 in the docstring of `brain_loss`). D_n is zero only at the posterior (Theorem 4.3), provided that n >= 2 and
 that q' can draw every output: if the weights agree on every pair of outputs, the ratio of posterior to policy
-is the same for all outputs, so it is 1. With n = 1 both weights are 1, so D_1 = 0 for every policy. Both
-divergences are forward: the posterior, or its weights, come first, so a policy pays for every good output
-that it misses.
+is the same for all outputs, so it is 1, as both sum to 1. With n = 1 both weights are 1, so D_1 = 0 for every
+policy. Both divergences are forward: the posterior, or its weights, come first, so a policy pays for every
+good output that it misses.
 
     python brain.py                                                  a toy world (toy/) with a known posterior
     python brain.py --model CarperAI/openai_summarize_tldr_sft       the paper's summarisation model
@@ -194,8 +194,8 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
     The paper introduces the beta_hat term as a baseline: it estimates E_q[grad log q] = 0 (eq. 8 to 10) from
     the same draws. baseline=False leaves it out and gives -sum_i alpha_hat_i log q_i. Its gradient is minus
     eq. 7, that is -sum_i alpha_hat_i grad log q_i (section 9.3). That raises every output, bad ones a little
-    too. At the posterior it is noise and the bias of normalised weights, whereas eq. 12 is zero for every
-    draw.
+    too. At the posterior it still has noise, and a bias from the normalised weights, whereas eq. 12 is zero
+    for every draw.
 
     With n = 2, q' = p and alpha_hat = (1, 0) the loss is -log beta_hat_1. A softmax of two is the sigmoid of
     their difference, so this is the DPO loss (Theorem 6.1).
@@ -301,7 +301,8 @@ class Method:
     def alpha_hat(self, log_p, log_q_proposal, log_good):
         """Posterior weights, normalised within each group. Arguments (n,). -> (n,)
 
-        For "data" the arguments are the one pair, or in an evaluation outputs whose alpha_hat nobody reads.
+        For "data" the arguments are the one pair, or in an evaluation outputs whose alpha_hat nobody
+        reads; for a single one it is empty.
         """
         if self.source == "data":  # the human choice is the first output of the pair
             return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
@@ -502,10 +503,10 @@ def diagnostics(samples, log_q, method):
 
     `update` adds the loss, `ended` (the share of outputs that were not truncated) and `grad_norm`.
 
-    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; with an argmax 1 without ties). It
-                 rises as q' nears the posterior. Near 1, one output has all the weight: for this n the
-                 rewards, or in later rounds r + log p - log q', are too far apart. Raise --samples-per-prompt
-                 or --beta, which also moves the posterior.
+    ess_alpha    effective sample size of alpha_hat, of n (of 2 for pairs; an argmax gives 1, unless there are
+                 ties). It rises as q' nears the posterior. Near 1, one output has all the weight: for this n
+                 the rewards, or in later rounds r + log p - log q', are too far apart. Raise
+                 --samples-per-prompt or --beta, which also moves the posterior.
     ess_beta     that of beta_hat. It is n (or 2) where q_theta is still the proposal and falls as q_theta
                  leaves the proposals that drew the samples, for those of old rounds most. If it is near 1
                  before the first renewal of the proposal, the policy has outrun its samples: lower
@@ -601,8 +602,9 @@ class Policy:
     outputs_per_forward  how many outputs go through the model at once. None: all that are asked for.
 
     The model is scored by plain forwards first. Then q_theta and p are made from it, and `_check` compares
-    them with these scores, looks whether the model is causal, and tries the two ways to save time: a cache in
-    sampling (keeps_cache) and a shared prompt in scoring (shares_prompt). Until then every forward is plain.
+    them with these scores, tests whether the model is causal, and whether two ways to save time give the same
+    numbers: a cache in sampling (keeps_cache) and a shared prompt in scoring (shares_prompt). Until then
+    every forward is plain.
 
     Dropout stays off. With dropout, beta_hat would be noise where it should be 1/n. Of a checkpoint's
     generation config only the end-of-sequence ids are used: with its top-k or temperature, log q' would not
@@ -691,8 +693,8 @@ class Policy:
 
         Where the model allows it, the other logits are not computed: over a prompt of 500 tokens they are the
         largest tensor. A cache that is passed in grows by T tokens. Where the prompt is shared, a new cache
-        is a plain one: with config.sliding_window, a model's own cache drops old keys, even if its attention
-        reads all of them.
+        is a plain one, which keeps all keys; the attention mask applies a sliding window. A model's own cache
+        drops keys outside of config.sliding_window, and some models have that setting without using it.
         """
         arguments = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
         if cache is not None or (use_cache and self.shares_prompt):
@@ -1016,13 +1018,15 @@ class RewardModel:
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template
         self.policy_tokenizer = policy_tokenizer
         names = [name for _, name in sorted(model.config.id2label.items())]
-        self.label = 1 if len(names) == 2 else None  # index of the good one; None if the score is the reward
+        # The index of the good label. Of one there is no choice, of two it is the second, of more it must be
+        # named.
+        self.label = 1 if len(names) == 2 else None
         if label is not None or len(names) > 2:
             known = names + [str(i) for i in range(len(names))]
             refuse_if(label not in known or len(names) == 1, f"--reward-label {label}: labels are {names}")
             self.label = known.index(label) % len(names)  # a name, or an index as text
         print(f"reward: {type(model).__name__}, label {names[self.label or 0]!r} of {names}")
-        self.is_encoder = not hasattr(model, "score")  # the head of decoders, which read the last token
+        self.is_encoder = not hasattr(model, "score")  # `score` is the head of decoder classifiers
         self.context = context_of(model.config)
         check_ids(model, tokenizer, "--reward-model")
         refuse_if(model.config.is_encoder_decoder, "--reward-model: is an encoder-decoder; give another kind")
@@ -1237,8 +1241,9 @@ def answer_text(prompt, answer):
 def split_pair(row):
     """A row of preferences whose `chosen` and `rejected` begin alike: their beginning belongs to the prompt.
 
-    For messages the whole common beginning moves there, in place of a prompt that it repeats; for text, only
-    up to its last cue, "Assistant:" or "TL;DR:". Neither answer is ever left empty.
+    Messages: `chosen` repeats the prompt, so the common beginning replaces a prompt column. Text: `chosen`
+    continues the prompt, so the beginning is appended to it, up to its last cue, "Assistant:" or "TL;DR:".
+    Neither answer is ever left empty.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     # same: the index of the first difference, in letters or in messages
@@ -1518,11 +1523,11 @@ class Run:
         if split == "validation":
             divergences = [held_out_divergence(self.policy, samples, settings) for samples in self.held_out]
             metrics["self_normalized_kl"] = float(np.mean(divergences))
-            score = metrics.get(settings.select_by, metrics["elbo"])  # if none of these prompts has gold
+            score = metrics.get(settings.select_by, metrics["elbo"])  # elbo if none has gold
             score = -score if settings.select_by == "self_normalized_kl" else score
             if score >= self.best:  # of equal ones the later
                 self.best, self.kept = score, step
-                self.save("best.pt")
+                self.save("best.pt", step=step)
             metrics["kept"] = self.kept
         self.write(f"{split}_outputs.jsonl", [{"step": step} | line for line in lines])
         self.log({"step": step, "split": split} | metrics)
@@ -1543,9 +1548,9 @@ class Run:
         rounds = range(0, self.k * self.settings.iterations + 1, self.k)
         figure, axes = plt.subplots(1, len(PANELS), figsize=(25, 5), layout="constrained")
         for axis, (title, names) in zip(axes, PANELS.items()):
-            # The panels with loss and ess_beta need the lines of updates. The others would mix updates and
-            # evaluations, which share some names. Grid lines mark rounds; between evaluations values are
-            # interpolated.
+            # The panels with loss and ess_beta need the lines of updates, too. The others show evaluations
+            # only, because updates also have a reward and a kl_to_prior. Grid lines mark rounds; between
+            # evaluations values are interpolated.
             shown = lines if names[-1] in ("loss", "ess_beta") else lines[lines["split"] == "validation"]
             look = {"grid": True, "marker": ".", "markersize": 3, "style": {"log_evidence": "--"}}
             shown.reindex(columns=names).interpolate().plot(ax=axis, title=title, xticks=rounds, **look)
@@ -1575,7 +1580,7 @@ COMPANIONS = {  # what goes with a model. Each entry is a default that its flag 
         weight_decay=0, max_prompt_tokens=2, max_new_tokens=4, select_by="self_normalized_kl", eval_prompts=64
     ),
 }  # fmt: skip
-# Schedules that are a function of the step and need no settings of their own.
+# Schedules that are a function of the step and need no settings but --warmup-steps.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 # What may change when a run is resumed. More iterations extend a run; the learning rate of what is left then
 # follows the longer schedule.
@@ -1625,7 +1630,7 @@ class Settings:
     # Algorithm 1. Over a run, each sample is visited k x batch size / m = 3.2 times on average. On a GPT-J of
     # 2M parameters, neither 1.7 visits nor 2 or 8 rounds gave a higher elbo at the same cost.
     iterations: int = setting(4, "e: rounds of sampling and updates; 0 only evaluates", lowest=0)
-    prompts_per_iteration: int = setting(1000, "m: prompts sampled for in a round", lowest=1)
+    prompts_per_iteration: int = setting(1000, "m: prompts in a round", lowest=1)
     samples_per_prompt: int = setting(32, "n: outputs per prompt (paper: 32)", lowest=2)
     updates_per_iteration: int = setting(400, "k: updates in a round", lowest=1)
     batch_size: int = setting(8, "prompts in an update", lowest=1)
@@ -1701,7 +1706,7 @@ def settings_of_run(typed):
     if typed.output_dir and path.exists() and any(path.iterdir()):
         refuse_if(not is_run, f"--output-dir {path}: holds other files; name another directory")
         refuse_if(typed.resume == typed.overwrite, f"--output-dir {path}: is a run; --resume or --overwrite?")
-    return {name: before.get(name) for name in vars(typed)} | {"overwrite": False}  # --resume keeps all
+    return {name: before.get(name) for name in vars(typed)} | {"overwrite": False}  # else it empties again
 
 
 def settle(s):
@@ -1796,7 +1801,7 @@ def execute(s):
     print(f"a round: {count} prompts x {s.samples_per_prompt} outputs, {s.updates_per_iteration} updates")
     run = Run(s, reward, data)
     train(policy, reward, data["train"], s, run)
-    run.load("best.pt")
+    run.kept = run.load("best.pt")["step"]
     metrics = run.evaluate(run.kept, "test")
     save_policy(policy, run.path / "model")
     if s.model == "toy":
