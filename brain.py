@@ -1823,7 +1823,7 @@ def main(argv=None):
     except UserError as error:
         print(f"brain: {error}", file=sys.stderr)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        print(f"brain: {error}; --resume may lower --learning-rate, --outputs-per-forward", file=sys.stderr)
+        print(f"brain: {error}; --resume with lower --learning-rate, --outputs-per-forward", file=sys.stderr)
     return 2
 
 
