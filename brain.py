@@ -60,7 +60,7 @@ Departures from the paper, cited in the code by number.
  2. Line 19 sums the loss over the batch. We take the mean, so that the loss does not depend on the batch
     size. Adam is invariant to this factor, up to its epsilon.
  3. AdamW, where the paper says Adam with weight decay.
- 4. A tie counts half in a win-rate. The paper counts strictly higher rewards: two equal models then score
+ 4. A tie counts half in a win-rate. The paper counts strictly higher rewards, so that two equal models score
     below 50.
  5. The paper does not give the numbers of rounds, prompts and updates (e, m, k), the batch size or how
     evaluation decodes. Those defaults are ours.
@@ -284,8 +284,8 @@ class Method:
                 "data"    the data's own pair (chosen, rejected), so n = 2
     group_size  how many outputs are normalised together. None: all n. With 2, 32 outputs are 16 pairs.
     argmax      give all weight to the best output of a group (for "data", to the human choice), instead of
-                the softmax of eq. 6. An argmax does not see beta, so there `--beta` scales log q - log q' in
-                the loss, as in DPO.
+                the softmax of eq. 6. These methods record q' = p, so the best is that of the highest reward,
+                whatever beta is. `--beta` therefore scales log q - log q' in the loss, as in DPO.
     baseline    subtract the baseline of eq. 10. Without it the loss has the gradient minus eq. 7 (9.3).
     """
 
@@ -301,8 +301,8 @@ class Method:
     def alpha_hat(self, log_p, log_q_proposal, log_good):
         """Posterior weights, normalised within each group. Arguments (n,). -> (n,)
 
-        For "data" the arguments are the one pair, or in an evaluation outputs whose alpha_hat nobody
-        reads; for a single one it is empty.
+        For "data" the arguments are the human pair in training. `collect` also calls this in an evaluation,
+        where the result is not used (and is empty for the one output of `--greedy`).
         """
         if self.source == "data":  # the human choice is the first output of the pair
             return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
@@ -352,7 +352,7 @@ def rejection_sample(log_good, n, generator=None):
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
 # With `--greedy`, an evaluation also calls sample(prompt_ids, 1, max_new_tokens, greedy=True).
-# In passing, the policy also gives the text of an output, whether it ended by itself, and its
+# The policy also gives the text of an output, whether it ended by itself, and its
 # trained parameters, {name: parameter}.
 #
 # `train` also calls `run`, which logs, evaluates, saves and resumes. To follow the method, read
@@ -374,7 +374,7 @@ class Samples:
     texts: list  # n strings
     reward: torch.Tensor  # (n,)
     log_p: torch.Tensor  # (n,)
-    log_q_proposal: torch.Tensor  # (n,) under the proposal; for "rso" and "data" log p, DPO's reference
+    log_q_proposal: torch.Tensor  # (n,) for every source but "policy" it is log p
     alpha_hat: torch.Tensor  # (n,)
 
 
@@ -470,7 +470,7 @@ def update(policy, optimizer, batch, settings):
     """Lines 15 to 19: one step of theta on a batch of prompts. -> metrics, averaged over the batch, except
     max_weight and grad_norm
 
-    FloatingPointError if the loss or its gradient is not finite. The parameters are then unchanged.
+    FloatingPointError if the loss, its gradient or a metric is not finite. The parameters are then unchanged.
     """
     method = METHODS[settings.method]
     # An argmax does not see the size of a reward, so beta would do nothing in it. As in DPO, beta scales
@@ -692,9 +692,9 @@ class Policy:
         """One forward of ids (B, T). -> (logits (B, keep, V) of the last `keep` positions, cache or None)
 
         Where the model allows it, the other logits are not computed: over a prompt of 500 tokens they are the
-        largest tensor. A cache that is passed in grows by T tokens. Where the prompt is shared, a new cache
-        is a plain one, which keeps all keys; the attention mask applies a sliding window. A model's own cache
-        drops keys outside of config.sliding_window, and some models have that setting without using it.
+        largest tensor. A cache that is passed in grows by T tokens. Once shares_prompt is set, scoring and
+        sampling use a plain DynamicCache. A model's own cache drops keys outside of config.sliding_window,
+        which is wrong for models that have this setting and do not use it.
         """
         arguments = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
         if cache is not None or (use_cache and self.shares_prompt):
@@ -842,7 +842,7 @@ class Policy:
         rows = torch.stack([prompt, prompt, torch.cat([prompt[:-1], outputs[1]])]).to(self.device)
         first, again, other = self._forward(self.model, rows, 2)[0][:, 0]
         same = self._agree(first, other, 1e-4 + 10 * (first - again).abs().max().item())
-        # In a batch with the other, the short output has padding behind it, which it had not in `before`.
+        # In a batch with the other, the short output has padding behind it, which `before` is without.
         causal = same and self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
         self.keeps_cache = True
@@ -1018,8 +1018,8 @@ class RewardModel:
         self.model, self.tokenizer, self.template = model.eval(), tokenizer, template
         self.policy_tokenizer = policy_tokenizer
         names = [name for _, name in sorted(model.config.id2label.items())]
-        # The index of the good label. Of one there is no choice, of two it is the second, of more it must be
-        # named.
+        # The index of the good label. With one there is no choice, with two it is the second, with more it
+        # must be named.
         self.label = 1 if len(names) == 2 else None
         if label is not None or len(names) > 2:
             known = names + [str(i) for i in range(len(names))]
@@ -1241,8 +1241,10 @@ def answer_text(prompt, answer):
 def split_pair(row):
     """A row of preferences whose `chosen` and `rejected` begin alike: their beginning belongs to the prompt.
 
-    Messages: `chosen` repeats the prompt, so the common beginning replaces a prompt column. Text: `chosen`
-    continues the prompt, so the beginning is appended to it, up to its last cue, "Assistant:" or "TL;DR:".
+    Messages, such as chosen [u, a, v, b] and rejected [u, a, v, c] for the prompt [u, a, v]: `chosen` repeats
+    the prompt, so the common beginning replaces a prompt column. Text, such as "TL;DR: b" and "TL;DR: c" for
+    the prompt "post": `chosen` continues the prompt, so the beginning is appended to it, up to its last cue,
+    "Assistant:" or "TL;DR:".
     Neither answer is ever left empty.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
@@ -1401,7 +1403,7 @@ class Run:
     """A run directory. `train` calls start, collect, steps and after_update.
 
     A run can be killed at any moment and resumed. The last checkpoint has the trained parameters, AdamW's
-    state, the number of updates, D_t, and how long the logs were. It is written after each evaluation and
+    state, the number of updates, D_t, and how long the logs were. It is written after each validation and
     after the sampling of each round. On resuming, the logs are cut to that length. What was lost is computed
     again, and on a CPU it is the same, because every random number follows from (seed, purpose, indices).
 
@@ -1525,7 +1527,7 @@ class Run:
             metrics["self_normalized_kl"] = float(np.mean(divergences))
             score = metrics.get(settings.select_by, metrics["elbo"])  # elbo if none has gold
             score = -score if settings.select_by == "self_normalized_kl" else score
-            if score >= self.best:  # of equal ones the later
+            if score >= self.best:  # on a tie the later one wins
                 self.best, self.kept = score, step
                 self.save("best.pt", step=step)
             metrics["kept"] = self.kept
@@ -1681,7 +1683,7 @@ def parse(argv):
     if typed.reward_model or typed.reward_function:  # so not with the companion's template
         known = {name: value for name, value in known.items() if not name.startswith("reward_")}
     parser.set_defaults(**(before if typed.resume else known))
-    s = Settings(**vars(parser.parse_args(argv)))
+    s = Settings(**vars(parser.parse_args(argv)))  # what was typed wins over these defaults
     for field in dataclasses.fields(s):
         value, lowest, below = getattr(s, field.name), field.metadata["lowest"], field.metadata["below"]
         wrong = isinstance(value, (int, float)) and not lowest <= value < below
@@ -1706,7 +1708,7 @@ def settings_of_run(typed):
     if typed.output_dir and path.exists() and any(path.iterdir()):
         refuse_if(not is_run, f"--output-dir {path}: holds other files; name another directory")
         refuse_if(typed.resume == typed.overwrite, f"--output-dir {path}: is a run; --resume or --overwrite?")
-    return {name: before.get(name) for name in vars(typed)} | {"overwrite": False}  # else it empties again
+    return {name: before.get(name) for name in vars(typed)} | {"overwrite": False}  # a resumed run is kept
 
 
 def settle(s):
