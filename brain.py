@@ -352,8 +352,8 @@ def rejection_sample(log_good, n, generator=None):
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
 #     reward(prompt, texts, columns)                                   their rewards, (n,)
 # With `--greedy`, an evaluation also calls sample(prompt_ids, 1, max_new_tokens, greedy=True).
-# The policy also gives the text of an output, whether it ended by itself, and its
-# trained parameters, {name: parameter}.
+# The policy also gives the text of an output, whether it ended by itself, and its trained parameters,
+# {name: parameter}.
 #
 # `train` also calls `run`, which logs, evaluates, saves and resumes. To follow the method, read
 #     run.start(...)               as nothing
@@ -553,8 +553,7 @@ def mean_and_error(values):
 def mean_evidence(drawn, settings):
     """elbo and log_evidence of the proposal that drew these Samples: means and standard errors.
 
-    The errors contain the spread between prompts. elbo and log_evidence share that
-    spread, so it cancels in their gap.
+    The errors contain the spread between prompts. elbo and log_evidence share it, so it cancels in their gap.
     """
     metrics = {}
     for name, bound in {"elbo": elbo, "log_evidence": log_evidence}.items():
@@ -829,8 +828,8 @@ class Policy:
     def _check(self, prompt, outputs, before):
         """UserError if the model is not causal, or if p or q_theta is not the model as it came.
 
-        before (2,): the log-probabilities of the two outputs before the policy's adapter was added.
-        If a shared or copied cache gives other numbers, the slower way is used.
+        before (2,): the log-probabilities of the two outputs before the policy's adapter was added. If a
+        shared or copied cache gives other numbers, the slower way is used.
         """
         refuse_if(not before.isfinite().all(), "--model: its logits are nan or inf; try --dtype float32")
         for prior in (False, True):
@@ -1084,8 +1083,8 @@ class RewardModel:
         """Whether the outputs and the gold answer of an Example fit the context of this model.
 
         Prompts that do not fit are left out before training. Otherwise a run would die on its test split.
-        This model reads the text of an output, which may have more tokens here, so twice as many are
-        allowed for.
+        This model reads the text of an output, which may have more tokens here, so twice as many are allowed
+        for.
         """
         used = len(self.ids(example.prompt, " a", example.columns)) - 1  # " a" is the output's first token
         gold = len(self.ids(example.prompt, example.gold or "", example.columns))
@@ -1244,8 +1243,7 @@ def split_pair(row):
     Messages, such as chosen [u, a, v, b] and rejected [u, a, v, c] for the prompt [u, a, v]: `chosen` repeats
     the prompt, so the common beginning replaces a prompt column. Text, such as "TL;DR: b" and "TL;DR: c" for
     the prompt "post": `chosen` continues the prompt, so the beginning is appended to it, up to its last cue,
-    "Assistant:" or "TL;DR:".
-    Neither answer is ever left empty.
+    "Assistant:" or "TL;DR:". Neither answer is ever left empty.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     # same: the index of the first difference, in letters or in messages
