@@ -22,18 +22,20 @@ It raises the outputs that the policy underweights relative to the posterior, an
 overweights. At q_theta = posterior, alpha_hat equals beta_hat for every draw, so the estimate is exactly zero
 there.
 
-Which objective does a step along eq. 12 lower? Minus eq. 12 is a biased estimate of the gradient of
-KL(posterior || q_theta), because its weights are normalised by sums over the same n draws. The bias vanishes
-as n grows. For every n, minus eq. 12 is an unbiased estimate of the gradient of
+Which objective does a step along eq. 12 lower? The gradient of KL(posterior || q_theta) is minus the mean of
+grad log q_theta under the posterior. The mean under q_theta itself is zero, so it can be added. Minus eq. 12
+estimates both means by weighted draws of q'. The estimate is biased, because the weights are normalised by
+sums over the same n draws, and the bias vanishes as n grows. For every n, minus eq. 12 is an unbiased
+estimate of the gradient of
 
     D_n(theta)  =  E_{y_1 .. y_n ~ q'}  D_KL(alpha_hat || beta_hat)                          (eq. 13)
 
 the self-normalised KL divergence between posterior and policy for a fixed proposal q' (Theorem 4.2, derived
 in the docstring of `brain_loss`). D_n is zero only at the posterior (Theorem 4.3), provided that n >= 2 and
-that q' can draw every output: if the weights agree on every pair of outputs, the ratio of posterior to policy
-is the same for all outputs, so it is 1, as both sum to 1. With n = 1 both weights are 1, so D_1 = 0 for every
-policy. Both divergences are forward: the posterior, or its weights, come first, so a policy pays for every
-good output that it misses.
+that q' can draw every output. For if D_n is zero, the weights agree on every draw, so any two outputs have
+the same ratio of posterior to policy. This ratio is 1, as both sum to 1. With n = 1 both weights are 1, so
+D_1 = 0 for every policy. Both divergences are forward: the posterior, or its weights, come first, so a policy
+pays for every good output that it misses.
 
     python brain.py                                                  a toy world (toy/) with a known posterior
     python brain.py --model CarperAI/openai_summarize_tldr_sft       the paper's summarisation model
@@ -115,7 +117,7 @@ from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, Dyn
 
 
 def log_goodness(reward, model="bradley-terry", beta=1.0):
-    """log p(G=1|y,x) up to a constant that depends only on x, from rewards of any shape. -> the same shape
+    """log p(G=1|y,x) / beta, up to a constant that depends only on x. Rewards of any shape -> the same shape
 
     "bradley-terry"  r itself (eq. 19). A reward model trained on preferences only knows differences of log
                      p(G=1), so the constant is unknown. It cancels in alpha_hat.
@@ -123,8 +125,8 @@ def log_goodness(reward, model="bradley-terry", beta=1.0):
                      ones.
     The choice matters. Under "logistic" two outputs with high rewards count as equally good.
 
-    beta (departure 9; not the beta_i of eq. 11) divides the result, so the posterior is proportional to
-    p(y|x) p(G=1|y,x)^(1/beta). By Theorem 7.1 that is the policy that maximises E[log p(G=1|y,x)] - beta
+    With beta (departure 9; not the beta_i of eq. 11) the posterior is proportional to p(y|x)
+    p(G=1|y,x)^(1/beta). By Theorem 7.1 that is the policy that maximises E[log p(G=1|y,x)] - beta
     KL(policy || prior), for Bradley-Terry the objective of PPO and DPO. With beta above 1 the policy stays
     nearer the prior, with beta below 1 it chases the reward.
     """
@@ -164,9 +166,8 @@ def self_normalized_kl(alpha_hat, beta_hat):
     D_n.
 
     0 log 0 is 0: an output without posterior weight costs nothing, however unlikely the policy finds it. The
-    result is infinite where beta_hat is 0 and alpha_hat is not. For comparison only: training and evaluation
-    (`held_out_divergence`, logged as self_normalized_kl) take the same number from `brain_loss`, which works
-    on log beta_hat, because beta_hat itself underflows.
+    result is infinite where beta_hat is 0 and alpha_hat is not. For reading and for tests: a run takes the
+    same number from `brain_loss`, which works on log beta_hat, because beta_hat itself underflows.
     """
     log_beta = torch.where(alpha_hat > 0, beta_hat, 1.0).log()  # masked before the logarithm: 0 * -inf is nan
     # kl_div(b, a) is a (log a - b): it takes the second distribution first, as a logarithm.
@@ -229,9 +230,10 @@ def effective_sample_size(weights):
 # w(y) = p(y|x) p(G=1|y,x) / q(y|x) two averages over draws y ~ q give a partial answer:
 #
 #     E_q[log w]           =   log p(G=1|x) - KL(q || posterior)    the evidence lower bound, `elbo`
-#     E[log mean_i w_i]    <=  log p(G=1|x), because E_q[w] = p(G=1|x)    the n-draw bound, `log_evidence`
+#     E[log mean_i w_i]    <=  log p(G=1|x)                         the n-draw bound, `log_evidence`
 #
-# The second bound rises to log p(G=1|x) with n.
+# The first holds because w(y) = p(G=1|x) p(y|x, G=1) / q(y|x), by eq. 1. The second is Jensen's inequality,
+# with E_q[w] = p(G=1|x). It rises to log p(G=1|x) with n.
 #
 # Hence the gap log_evidence - elbo is, in expectation, a lower bound of KL(q || posterior). This is the
 # reverse of the divergence that training lowers. A large gap shows that q is far. A small gap does not prove
@@ -284,8 +286,9 @@ class Method:
                 "data"    the data's own pair (chosen, rejected), so n = 2
     group_size  how many outputs are normalised together. None: all n. With 2, 32 outputs are 16 pairs.
     argmax      give all weight to the best output of a group (for "data", to the human choice), instead of
-                the softmax of eq. 6. These methods record q' = p, so the best is that of the highest reward,
-                whatever beta is. `--beta` therefore scales log q - log q' in the loss, as in DPO.
+                the softmax of eq. 6. These methods record q' = p, so the best output is the one with the
+                highest reward, whatever beta is. `--beta` therefore scales log q - log q' in the loss, as in
+                DPO.
     baseline    subtract the baseline of eq. 10. Without it the loss has the gradient minus eq. 7 (9.3).
     """
 
@@ -301,8 +304,7 @@ class Method:
     def alpha_hat(self, log_p, log_q_proposal, log_good):
         """Posterior weights, normalised within each group. Arguments (n,). -> (n,)
 
-        For "data" the arguments are the human pair in training. `collect` also calls this in an evaluation,
-        where the result is not used (and is empty for the one output of `--greedy`).
+        For "data" the arguments are the human pair. Evaluations do not use the result.
         """
         if self.source == "data":  # the human choice is the first output of the pair
             return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
@@ -350,7 +352,8 @@ def rejection_sample(log_good, n, generator=None):
 # The language model and its reward are used through three calls:
 #     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or p
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
-#     reward(prompt, texts, columns)                                   their rewards, (n,)
+#     reward(prompt, texts, columns)                                   their rewards, (n,); columns: what
+#                                                                      else the data says of the prompt
 # With `--greedy`, an evaluation also calls sample(prompt_ids, 1, max_new_tokens, greedy=True).
 # The policy also gives the text of an output, whether it ended by itself, and its trained parameters,
 # {name: parameter}.
@@ -358,7 +361,7 @@ def rejection_sample(log_good, n, generator=None):
 # `train` also calls `run`, which logs, evaluates, saves and resumes. To follow the method, read
 #     run.start(...)               as nothing
 #     run.collect(t, rows, draw)   as [draw(i) for i in rows]
-#     run.steps(t)                 as range((t - 1) k + 1, t k + 1)
+#     run.steps(t)                 as range((t - 1) k + 1, t k + 1), the k updates of round t
 #     run.after_update(...)        as nothing
 # A resumed run passes through its finished rounds again: collect then returns what was stored, and steps is
 # empty.
@@ -369,12 +372,12 @@ class Samples:
     """One prompt of D_t with its n outputs and what Algorithm 1 caches about them (lines 8 and 9)."""
 
     iteration: int  # the round t that drew them
-    example: object  # the prompt x: its text, ids (P,), gold answer and row of the data
+    example: object  # the prompt x: its text, ids (P,), gold answer, human pair, row and other columns
     outputs: list  # n LongTensors (T_i,)
     texts: list  # n strings
     reward: torch.Tensor  # (n,)
     log_p: torch.Tensor  # (n,)
-    log_q_proposal: torch.Tensor  # (n,) for every source but "policy" it is log p
+    log_q_proposal: torch.Tensor  # (n,); log p for every source but "policy"
     alpha_hat: torch.Tensor  # (n,)
 
 
@@ -456,8 +459,8 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
         log_good = log_goodness(rewards, settings.goodness, settings.beta)
         kept = rejection_sample(log_good, settings.samples_per_prompt, generator)
         outputs, texts, rewards = [outputs[i] for i in kept], [texts[i] for i in kept], rewards[kept]
-    # Line 8. The function that scores log q_theta in `update` also scores log q', so beta_hat is 1/n at
-    # first. The sampler's own sums would differ by rounding.
+    # Line 8. The function that scores log q_theta in `update` also scores log q', so beta_hat is exactly 1/n
+    # before the first update. The sampler's own sums would differ by rounding.
     log_p = policy.log_prob(example.ids, outputs, prior=True).cpu()
     log_q_proposal = policy.log_prob(example.ids, outputs).cpu() if source == "policy" else log_p
     rewards = rewards.to(log_p)
@@ -483,7 +486,7 @@ def update(policy, optimizer, batch, settings):
         log_q_proposal = method.grouped(scale * samples.log_q_proposal)  # (groups, group size)
         alpha_hat = method.grouped(samples.alpha_hat)
         loss = brain_loss(method.grouped(scale * log_q), log_q_proposal, alpha_hat, method.baseline)  # 16, 17
-        (loss / len(batch)).backward()  # line 18, departure 2
+        (loss / len(batch)).backward()  # the sum of line 19, departure 2
         ended = float(np.mean([policy.ended(output) for output in samples.outputs]))
         lines.append({"loss": loss.item(), "ended": ended} | diagnostics(samples, log_q.detach(), method))
     metrics = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
@@ -498,8 +501,8 @@ def update(policy, optimizer, batch, settings):
 
 
 def diagnostics(samples, log_q, method):
-    """What to watch in an update. No weight is clipped. beta_hat is that of eq. 11, without the scale of the
-    argmax methods. -> {name: float}
+    """What to watch in an update. Weights are never clipped. beta_hat is that of eq. 11, without the scale of
+    the argmax methods. -> {name: float}
 
     `update` adds the loss, `ended` (the share of outputs that were not truncated) and `grad_norm`.
 
@@ -507,12 +510,12 @@ def diagnostics(samples, log_q, method):
                  ties). It rises as q' nears the posterior. Near 1, one output has all the weight: for this n
                  the rewards, or in later rounds r + log p - log q', are too far apart. Raise
                  --samples-per-prompt or --beta, which also moves the posterior.
-    ess_beta     that of beta_hat. It is n (or 2) where q_theta is still the proposal and falls as q_theta
-                 leaves the proposals that drew the samples, for those of old rounds most. If it is near 1
-                 before the first renewal of the proposal, the policy has outrun its samples: lower
-                 --updates-per-iteration or --learning-rate. Later, old rounds alone may make it low.
+    ess_beta     effective sample size of beta_hat. It is n (or 2) where q_theta is still the proposal and
+                 falls as q_theta leaves the proposals that drew the samples, for those of old rounds most. If
+                 it is near 1 before the first renewal of the proposal, the policy has outrun its samples:
+                 lower --updates-per-iteration or --learning-rate. Later, old rounds alone may make it low.
     max_weight   the largest alpha_hat or beta_hat
-    reward       mean reward of the stored outputs. It says nothing about the present policy.
+    reward       mean reward of the stored outputs, not of the present policy
     kl_to_prior  sum_i beta_hat_i (log q_theta - log p): a self-normalised estimate of KL(q_theta || p), in
                  nats. It needs draws of the recorded proposal, so it is missing for "rso" and "data".
     """
@@ -691,9 +694,10 @@ class Policy:
         """One forward of ids (B, T). -> (logits (B, keep, V) of the last `keep` positions, cache or None)
 
         Where the model allows it, the other logits are not computed: over a prompt of 500 tokens they are the
-        largest tensor. A cache that is passed in grows by T tokens. Once shares_prompt is set, scoring and
-        sampling use a plain DynamicCache. A model's own cache drops keys outside of config.sliding_window,
-        which is wrong for models that have this setting and do not use it.
+        largest tensor. A cache that is passed in grows by T tokens. With use_cache and none passed in, the
+        forward starts one: a plain DynamicCache once shares_prompt is set, before that the model's own. That
+        one drops keys outside of config.sliding_window, which is wrong for models that have this setting and
+        do not use it.
         """
         arguments = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
         if cache is not None or (use_cache and self.shares_prompt):
@@ -833,15 +837,15 @@ class Policy:
         """
         refuse_if(not before.isfinite().all(), "--model: its logits are nan or inf; try --dtype float32")
         for prior in (False, True):
-            # PiSSA, OLoRA and their kind change the base when an adapter is added.
+            # PiSSA, OLoRA and similar initialisations change the base when an adapter is added.
             same = self._agree(self.log_prob(prompt, outputs[:1], prior), before[:1], 1e-3)
             refuse_if(not same, f"--model: its adapter changes {self.name} itself; merge it into its base")
-        # Only the third row has another last token. In a causal model its logits one token earlier equal
-        # those of the first row, up to the noise that the first two rows show.
+        # Only the third row has another last token. The logits at the token before it, (3, V), are then the
+        # same in a causal model, up to the noise that the first two rows show.
         rows = torch.stack([prompt, prompt, torch.cat([prompt[:-1], outputs[1]])]).to(self.device)
         first, again, other = self._forward(self.model, rows, 2)[0][:, 0]
         same = self._agree(first, other, 1e-4 + 10 * (first - again).abs().max().item())
-        # In a batch with the other, the short output has padding behind it, which `before` is without.
+        # Here the short output is padded on the right. In `before` it was not.
         causal = same and self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
         self.keeps_cache = True
@@ -918,7 +922,7 @@ def pad_right(sequences, device):
 
 
 # ------------------------------------------------------------------------------------------
-# 5. Loading and texts, and the rewards
+# 5. Loading, texts and rewards
 
 
 @contextlib.contextmanager
@@ -1083,10 +1087,10 @@ class RewardModel:
         """Whether the outputs and the gold answer of an Example fit the context of this model.
 
         Prompts that do not fit are left out before training. Otherwise a run would die on its test split.
-        This model reads the text of an output, which may have more tokens here, so twice as many are allowed
-        for.
+        This model reads the text of an output, which may have more tokens here, so there is room for twice as
+        many.
         """
-        used = len(self.ids(example.prompt, " a", example.columns)) - 1  # " a" is the output's first token
+        used = len(self.ids(example.prompt, " a", example.columns)) - 1  # with an output of one token, " a"
         gold = len(self.ids(example.prompt, example.gold or "", example.columns))
         return max(used + 2 * max_new_tokens, gold) <= self.context
 
@@ -1120,8 +1124,8 @@ def context_of(config):
 
 
 class RewardFunction:
-    """A user's f(prompts, completions, **columns) -> list of floats, called as TRL does: by keyword, equal
-    lengths."""
+    """A user's f(prompts, completions, **columns) -> list of floats, called as in TRL: by keyword, with lists
+    of equal length."""
 
     def __init__(self, function, name):
         self.function, self.name = function, f"--reward-function {name}"
@@ -1238,12 +1242,13 @@ def answer_text(prompt, answer):
 
 
 def split_pair(row):
-    """A row of preferences whose `chosen` and `rejected` begin alike: their beginning belongs to the prompt.
+    r"""A row of preferences whose `chosen` and `rejected` begin alike: their beginning belongs to the prompt.
 
-    Messages, such as chosen [u, a, v, b] and rejected [u, a, v, c] for the prompt [u, a, v]: `chosen` repeats
-    the prompt, so the common beginning replaces a prompt column. Text, such as "TL;DR: b" and "TL;DR: c" for
-    the prompt "post": `chosen` continues the prompt, so the beginning is appended to it, up to its last cue,
-    "Assistant:" or "TL;DR:". Neither answer is ever left empty.
+    Messages: chosen [u, a, v, b] and rejected [u, a, v, c] become prompt [u, a, v], chosen [b], rejected [c].
+    Here `chosen` repeats the prompt, so the common beginning replaces a prompt column.
+    Text: prompt "post", chosen "TL;DR: b" and rejected "TL;DR: c" become prompt "post\nTL;DR:", chosen " b",
+    rejected " c". Here `chosen` continues the prompt, so the common beginning is appended to it, up to its
+    last cue, "Assistant:" or "TL;DR:". Neither answer is ever left empty.
     """
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
     # same: the index of the first difference, in letters or in messages
@@ -1523,7 +1528,7 @@ class Run:
         if split == "validation":
             divergences = [held_out_divergence(self.policy, samples, settings) for samples in self.held_out]
             metrics["self_normalized_kl"] = float(np.mean(divergences))
-            score = metrics.get(settings.select_by, metrics["elbo"])  # elbo if none has gold
+            score = metrics.get(settings.select_by, metrics["elbo"])  # elbo if no prompt evaluated has gold
             score = -score if settings.select_by == "self_normalized_kl" else score
             if score >= self.best:  # on a tie the later one wins
                 self.best, self.kept = score, step
@@ -1548,8 +1553,8 @@ class Run:
         rounds = range(0, self.k * self.settings.iterations + 1, self.k)
         figure, axes = plt.subplots(1, len(PANELS), figsize=(25, 5), layout="constrained")
         for axis, (title, names) in zip(axes, PANELS.items()):
-            # The panels with loss and ess_beta need the lines of updates, too. The others show evaluations
-            # only, because updates also have a reward and a kl_to_prior. Grid lines mark rounds; between
+            # The panels with loss and ess_beta need the lines of updates. The others leave them out, because
+            # there reward and kl_to_prior are those of stored outputs. Grid lines mark rounds; between
             # evaluations values are interpolated.
             shown = lines if names[-1] in ("loss", "ess_beta") else lines[lines["split"] == "validation"]
             look = {"grid": True, "marker": ".", "markersize": 3, "style": {"log_evidence": "--"}}
@@ -1588,7 +1593,7 @@ FREE = "output_dir resume overwrite device iterations outputs_per_forward eval_p
 
 
 def setting(default, text, choices=None, lowest=-math.inf, below=math.inf):
-    # A default of None would be shown; this prints nothing in its place.
+    # --help would print a default of None. "%(default).0s" prints nothing in its place.
     shown = "" if default is not None else "%(default).0s"
     metadata = {"help": text + shown, "choices": choices, "lowest": lowest, "below": below}
     return dataclasses.field(default=default, metadata=metadata)
@@ -1609,7 +1614,7 @@ class Settings:
     reward_template: str | None = setting(None, "default: {prompt}{output}; for messages, the chat template")
     reward_function: str | None = setting(None, "file.py:name, f(prompts, completions, **columns)")
     reward_label: str | None = setting(None, "name or index of the good label; of two, the second one")
-    # Of a classifier of several labels, logistic is the default, else bradley-terry.
+    # Default: logistic for a classifier of several labels, else bradley-terry.
     goodness: str | None = setting(None, "default: by the number of labels", ("bradley-terry", "logistic"))
     beta: float = setting(1.0, "strength of the KL term, see log_goodness (paper: 1)", lowest=1e-6)
     # the data
