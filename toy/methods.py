@@ -9,7 +9,7 @@ users of TRL train with today, stand beside them. Intervals are Student's t at 9
 All numbers but these two are sums over every output:
 
     elbo gap   log_evidence - elbo of n = 32 draws per prompt: what a run on a real model could measure.
-               It estimates KL(it || posterior).
+               In expectation it is a lower bound of KL(it || posterior).
     drawn      outputs that the run sampled in all
 
     equal      for all methods: prompts sampled for, updates, prompts per update, n outputs per prompt, the
