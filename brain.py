@@ -326,7 +326,6 @@ METHODS = {
     "rso": Method("rso", group_size=2, argmax=True),  # DPO on pairs of draws nearer to the posterior
     "dpo": Method("data", group_size=2, argmax=True),  # DPO on human pairs
 }
-RSO_CANDIDATES = 4  # draws per output that is kept (departure 8)
 
 
 def rejection_sample(log_good, n, generator=None):
@@ -451,7 +450,7 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
     elif source == "greedy":
         outputs = policy.sample(example.ids, 1, settings.max_new_tokens, greedy=True)
     else:
-        draws = settings.samples_per_prompt * (RSO_CANDIDATES if source == "rso" else 1)  # line 6
+        draws = settings.samples_per_prompt * (4 if source == "rso" else 1)  # line 6, departure 8
         outputs = policy.sample(example.ids, draws, settings.max_new_tokens, source != "policy", generator)
     texts = [policy.text(example.ids, output) for output in outputs]
     rewards = reward(example.prompt, texts, example.columns)  # line 8
@@ -1384,7 +1383,7 @@ CACHED = ("reward", "log_p", "log_q_proposal", "alpha_hat")  # the numbers of an
 LOGS = ("metrics.jsonl", "samples.jsonl", "validation_outputs.jsonl", "test_outputs.jsonl")
 PANELS = {  # of report.png: title, and the metrics that it shows
     "The gap: a lower bound of KL(policy || posterior), nats": ["elbo", "log_evidence"],
-    "D_n on held-out prompts, and the loss on D_t, nats": ["self_normalized_kl", "loss"],
+    "Divergence on held-out prompts, and training loss, nats": ["self_normalized_kl", "loss"],
     "Win-rate of the policy against the gold answers, %": ["win_rate"],
     "Reward of the policy, and its KL to the prior": ["reward", "kl_to_prior"],
     "Effective sample sizes of the updates (at most n)": ["ess_alpha", "ess_beta"],
@@ -1551,8 +1550,9 @@ class Run:
 
         lines = pandas.read_json(self.path / "metrics.jsonl", lines=True).set_index("step")
         rounds = range(0, self.k * self.settings.iterations + 1, self.k)
-        figure, axes = plt.subplots(1, len(PANELS), figsize=(25, 5), layout="constrained")
-        for axis, (title, names) in zip(axes, PANELS.items()):
+        figure = plt.figure(figsize=(16, 9), layout="constrained")
+        for place, (title, names) in enumerate(PANELS.items(), start=1):
+            axis = figure.add_subplot(2, 3, place)
             # The panels with loss and ess_beta need the lines of updates. The others leave them out, because
             # there reward and kl_to_prior are those of stored outputs. Grid lines mark rounds; between
             # evaluations values are interpolated.
@@ -1633,8 +1633,8 @@ class Settings:
     # a step of 1e-5 is below the precision of bfloat16. The reward model has the same dtype.
     dtype: str | None = setting(None, "default: by the device", ("float32", "bfloat16", "float16", "float64"))
     # Algorithm 1. Over a run, each sample is visited k x batch size / m = 3.2 times on average. On a GPT-J of
-    # 2M parameters, neither 1.7 nor 6 visits, nor 2 or 8 rounds, gave a higher elbo at the same cost. Four times
-    # the prompts and updates did, and more so with half the learning rate.
+    # 2M parameters, neither 1.7 nor 6 visits, nor 2 or 8 rounds, gave a higher elbo at the same cost. Four
+    # times the prompts and updates did, and more so with half the learning rate.
     iterations: int = setting(4, "e: rounds of sampling and updates; 0 only evaluates", lowest=0)
     prompts_per_iteration: int = setting(1000, "m: prompts in a round", lowest=1)
     samples_per_prompt: int = setting(32, "n: outputs per prompt (paper: 32)", lowest=2)
