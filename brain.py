@@ -24,16 +24,16 @@ there.
 
 Which objective does a step along eq. 12 lower? The gradient of KL(posterior || q_theta) is minus the mean of
 grad log q_theta under the posterior. The mean under q_theta itself is zero, so it can be added. Minus eq. 12
-estimates both means by weighted draws of q'. The estimate is biased, because the weights are normalised by
-sums over the same n draws, and the bias vanishes as n grows. For every n, minus eq. 12 is an unbiased
-estimate of the gradient of
+estimates both means by weighted draws of q'. As an estimate of this gradient it is biased, because the
+weights are normalised by sums over the same n draws; the bias vanishes as n grows. Of another gradient it is
+an unbiased estimate for every n, that of
 
     D_n(theta)  =  E_{y_1 .. y_n ~ q'}  D_KL(alpha_hat || beta_hat)                          (eq. 13)
 
 the self-normalised KL divergence between posterior and policy for a fixed proposal q' (Theorem 4.2, derived
 in the docstring of `brain_loss`). D_n is zero only at the posterior (Theorem 4.3), provided that n >= 2 and
-that q' can draw every output. For if D_n is zero, the weights agree on every draw, so any two outputs have
-the same ratio of posterior to policy. This ratio is 1, as both sum to 1. With n = 1 both weights are 1, so
+that q' can draw every output. If D_n is zero, the weights agree on every draw, so any two outputs have the
+same ratio of posterior to policy. This ratio is 1, as both sum to 1. With n = 1 both weights are 1, so
 D_1 = 0 for every policy. Both divergences are forward: the posterior, or its weights, come first, so a policy
 pays for every good output that it misses.
 
@@ -194,9 +194,9 @@ def brain_loss(log_q, log_q_proposal, alpha_hat, baseline=True):
 
     The paper introduces the beta_hat term as a baseline: it estimates E_q[grad log q] = 0 (eq. 8 to 10) from
     the same draws. baseline=False leaves it out and gives -sum_i alpha_hat_i log q_i. Its gradient is minus
-    eq. 7, that is -sum_i alpha_hat_i grad log q_i (section 9.3). That raises every output, bad ones a little
-    too. At the posterior it still has noise, and a bias from the normalised weights, whereas eq. 12 is zero
-    for every draw.
+    eq. 7, that is -sum_i alpha_hat_i grad log q_i (section 9.3). A step along it raises every output, bad
+    ones a little too. At the posterior it still has noise, and a bias from the normalised weights, whereas
+    eq. 12 is zero for every draw.
 
     With n = 2, q' = p and alpha_hat = (1, 0) the loss is -log beta_hat_1. A softmax of two is the sigmoid of
     their difference, so this is the DPO loss (Theorem 6.1).
@@ -287,8 +287,8 @@ class Method:
     group_size  how many outputs are normalised together. None: all n. With 2, 32 outputs are 16 pairs.
     argmax      give all weight to the best output of a group (for "data", to the human choice), instead of
                 the softmax of eq. 6. These methods record q' = p, so the best output is the one with the
-                highest reward, whatever beta is. `--beta` therefore scales log q - log q' in the loss, as in
-                DPO.
+                highest reward. beta would do nothing in an argmax, so `--beta` scales log q - log q' in the
+                loss instead, as in DPO.
     baseline    subtract the baseline of eq. 10. Without it the loss has the gradient minus eq. 7 (9.3).
     """
 
@@ -307,7 +307,7 @@ class Method:
         For "data" the arguments are the human pair. Evaluations do not use the result.
         """
         if self.source == "data":  # the human choice is the first output of the pair
-            return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
+            return torch.tensor([1.0, 0.0]).to(log_p)
         log_p, log_q_proposal, log_good = map(self.grouped, (log_p, log_q_proposal, log_good))
         if not self.argmax:
             return posterior_weights(log_p, log_q_proposal, log_good).reshape(-1)
@@ -351,8 +351,8 @@ def rejection_sample(log_good, n, generator=None):
 # The language model and its reward are used through three calls:
 #     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or p
 #     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
-#     reward(prompt, texts, columns)                                   their rewards, (n,); columns: what
-#                                                                      else the data says of the prompt
+#     reward(prompt, texts, columns)                                   their rewards, (n,); columns: the
+#                                                                      other columns of the prompt's row
 # With `--greedy`, an evaluation also calls sample(prompt_ids, 1, max_new_tokens, greedy=True).
 # The policy also gives the text of an output, whether it ended by itself, and its trained parameters,
 # {name: parameter}.
@@ -409,7 +409,7 @@ def train(policy, reward, data, settings, run):
     """
     options = {"betas": (settings.adam_beta1, settings.adam_beta2), "weight_decay": settings.weight_decay}
     # Departures 3 and 7. Every update sets its own learning rate. Of the scheduler only its function is used,
-    # which maps a step to a factor, so it has no state to save.
+    # which maps a step to a factor (lr_lambdas), so it has no state to save.
     optimizer = torch.optim.AdamW(policy.parameters().values(), **options)
     total = settings.iterations * settings.updates_per_iteration
     schedule = transformers.get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total)
@@ -438,7 +438,7 @@ def collect(policy, reward, example, settings, source, generator, iteration=0):
     """Lines 6 to 10 for one prompt: draw n outputs, cache their log q', log p, reward and alpha_hat. ->
     Samples
 
-    Old samples stay valid in later rounds. Each keeps the log q' of the proposal that drew it, and p is
+    Old samples can be used in later rounds. Each keeps the log q' of the proposal that drew it, and p is
     fixed, so alpha_hat does not change. The objective is then D_n averaged over the proposals of all rounds,
     which is still zero only at the posterior.
 
@@ -475,8 +475,7 @@ def update(policy, optimizer, batch, settings):
     FloatingPointError if the loss, its gradient or a metric is not finite. The parameters are then unchanged.
     """
     method = METHODS[settings.method]
-    # An argmax does not see the size of a reward, so beta would do nothing in it. As in DPO, beta scales
-    # log q - log q' here instead. (For rso, beta also decides which draws are kept.)
+    # See `Method`, argmax. (For rso, beta also decides which draws are kept.)
     scale = settings.beta if method.argmax else 1.0
     optimizer.zero_grad()
     lines = []
@@ -485,7 +484,7 @@ def update(policy, optimizer, batch, settings):
         log_q_proposal = method.grouped(scale * samples.log_q_proposal)  # (groups, group size)
         alpha_hat = method.grouped(samples.alpha_hat)
         loss = brain_loss(method.grouped(scale * log_q), log_q_proposal, alpha_hat, method.baseline)  # 16, 17
-        (loss / len(batch)).backward()  # the sum of line 19, departure 2
+        (loss / len(batch)).backward()  # line 19's sum, as a mean: departure 2
         ended = float(np.mean([policy.ended(output) for output in samples.outputs]))
         lines.append({"loss": loss.item(), "ended": ended} | diagnostics(samples, log_q.detach(), method))
     metrics = {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
@@ -511,8 +510,8 @@ def diagnostics(samples, log_q, method):
                  --samples-per-prompt or --beta, which also moves the posterior.
     ess_beta     effective sample size of beta_hat. It is n (or 2) where q_theta is still the proposal and
                  falls as q_theta leaves the proposals that drew the samples, for those of old rounds most. If
-                 it is near 1 before the first renewal of the proposal, the policy has outrun its samples:
-                 lower --updates-per-iteration or --learning-rate. Later, old rounds alone may make it low.
+                 it is near 1 in round 1, the policy has moved too far from its samples: lower
+                 --updates-per-iteration or --learning-rate. Later, old rounds alone may make it low.
     max_weight   the largest alpha_hat or beta_hat
     reward       mean reward of the stored outputs, not of the present policy
     kl_to_prior  sum_i beta_hat_i (log q_theta - log p): a self-normalised estimate of KL(q_theta || p), in
@@ -555,7 +554,7 @@ def mean_and_error(values):
 def mean_evidence(drawn, settings):
     """elbo and log_evidence of the proposal that drew these Samples: means and standard errors.
 
-    The errors contain the spread between prompts. elbo and log_evidence share it, so it cancels in their gap.
+    The errors include the spread between prompts. elbo and log_evidence share it, so it cancels in their gap.
     """
     metrics = {}
     for name, bound in {"elbo": elbo, "log_evidence": log_evidence}.items():
@@ -592,7 +591,7 @@ def refuse_if(wrong, message):
 
 
 class Policy:
-    """A causal LM and its tokenizer as p, q' and q_theta. All three give probability to the same tokens.
+    """A causal LM and its tokenizer as p, q' and q_theta. All three have the same support.
 
     model                a transformers causal LM, or a PeftModel whose adapter belongs to the prior
     tokenizer            says which ids exist. A model may have logits for more ids; those are never sampled.
@@ -694,9 +693,9 @@ class Policy:
 
         Where the model allows it, the other logits are not computed: over a prompt of 500 tokens they are the
         largest tensor. A cache that is passed in grows by T tokens. With use_cache and none passed in, the
-        forward starts one: a plain DynamicCache once shares_prompt is set, before that the model's own. That
-        one drops keys outside of config.sliding_window, which is wrong for models that have this setting and
-        do not use it.
+        forward starts one: the model's own while shares_prompt is False, else a plain DynamicCache, which
+        keeps every key. A model's own drops those outside of config.sliding_window, which is wrong for models
+        that have this setting and do not use it.
         """
         arguments = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
         if cache is not None or (use_cache and self.shares_prompt):
@@ -832,15 +831,15 @@ class Policy:
         """UserError if the model is not causal, or if p or q_theta is not the model as it came.
 
         before (2,): the log-probabilities of the two outputs before the policy's adapter was added. If a
-        shared or copied cache gives other numbers, the slower way is used.
+        shared or copied cache gives other numbers, the slower path is used.
         """
         refuse_if(not before.isfinite().all(), "--model: its logits are nan or inf; try --dtype float32")
         for prior in (False, True):
             # PiSSA, OLoRA and similar initialisations change the base when an adapter is added.
             same = self._agree(self.log_prob(prompt, outputs[:1], prior), before[:1], 1e-3)
             refuse_if(not same, f"--model: its adapter changes {self.name} itself; merge it into its base")
-        # Only the third row has another last token. The logits at the token before it, (3, V), are then the
-        # same in a causal model, up to the noise that the first two rows show.
+        # Rows 1 and 2 are the prompt. Row 3 differs from it in the last token only. In a causal model the
+        # logits at the token before are the same, up to the noise that rows 1 and 2 show.
         rows = torch.stack([prompt, prompt, torch.cat([prompt[:-1], outputs[1]])]).to(self.device)
         first, again, other = self._forward(self.model, rows, 2)[0][:, 0]
         same = self._agree(first, other, 1e-4 + 10 * (first - again).abs().max().item())
@@ -886,8 +885,8 @@ def add_adapter(model, rank, alpha):
     targets = KNOWN.get(model.config.model_type)
     if targets is None:
         # Only true linear layers: routers of mixtures of experts subclass Linear but return tuples. The
-        # kernels of a mamba layer read its out_proj and dt_proj without the adapter. The output layer stays
-        # as it is.
+        # kernels of a mamba layer use the weights of its out_proj and dt_proj, not the adapter's. The output
+        # layer stays as it is.
         head = {model.get_output_embeddings()}
         layers = {name: type(x).__name__ for name, x in model.named_modules() if x not in head}
         linear = [name for name, kind in layers.items() if kind in ("Linear", "Linear4bit", "Conv1D")]
@@ -974,7 +973,7 @@ def load_tokenizer(name, fallback, flag_name):
 def encode(tokenizer, text):
     """Token ids of a text, with the beginning token that this tokenizer puts before texts, and no end token.
 
-    A chat template writes the beginning token itself, so it is not added twice. An end token behind a text
+    A chat template writes the beginning token itself, so it is not added twice. An end token after a text
     would move "the last token", where a reward is read.
     """
     begin = [id for id in tokenizer("a").input_ids[:1] if id == tokenizer.bos_token_id]
@@ -1406,11 +1405,12 @@ class Run:
 
     A run can be killed at any moment and resumed. The last checkpoint has the trained parameters, AdamW's
     state, the number of updates, D_t, and how long the logs were. It is written after each validation and
-    after the sampling of each round. On resuming, the logs are cut to that length. What was lost is computed
-    again, and on a CPU it is the same, because every random number follows from (seed, purpose, indices).
+    after the sampling of each round. On resuming, the logs are cut to that length. What came after it is
+    computed again, and on a CPU it is the same, because every random number follows from (seed, purpose,
+    indices).
 
-    The policy with the best validation score by --select-by is kept. The untrained policy of update 0 takes
-    part, and the later one wins a tie. At the end the kept policy is tested and saved.
+    The policy with the best validation score by --select-by is kept. The untrained policy of update 0
+    competes, too, and the later one wins a tie. At the end the kept policy is tested and saved.
     """
 
     def __init__(self, settings, reward, data):
@@ -1492,8 +1492,8 @@ class Run:
         self.write("metrics.jsonl", [line | {"time": round(time.time(), 3)}])
 
     def save(self, name, **state):
-        """The trained parameters and `state` as checkpoint/name, written beside and renamed, so that the file
-        is whole or not there."""
+        """The trained parameters and `state` as checkpoint/name, written to another file and renamed, so that
+        the file is whole or not there."""
         directory = self.path / "checkpoint"
         state["parameters"] = {name: p.detach() for name, p in self.policy.parameters().items()}
         # If the disk is full: "--resume once the disk has room: DIRECTORY: what PyTorch says".
@@ -1829,7 +1829,7 @@ def main(argv=None):
     except UserError as error:
         print(f"brain: {error}", file=sys.stderr)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        print(f"brain: {error}; --resume with lower --learning-rate, --outputs-per-forward", file=sys.stderr)
+        print(f"brain: {error}; then --resume (out of memory: lower --outputs-per-forward)", file=sys.stderr)
     return 2
 
 

@@ -93,7 +93,4 @@ def test_a_wrong_version_fails(name, monkeypatch, capsys):
     where, wrong, only = WRONG[name]
     *owner, attribute = where.split(".")
     monkeypatch.setattr(getattr(brain, owner[0]) if owner else brain, attribute, wrong)
-    try:
-        assert theorems.main(["--only", only]) == 1 and "FAIL" in capsys.readouterr().out
-    except brain.UserError as refused:  # the policy's own startup check was faster
-        assert "samples with other probabilities than it scores" in str(refused)
+    assert theorems.main(["--only", only]) == 1 and "FAIL" in capsys.readouterr().out
