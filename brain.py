@@ -304,10 +304,11 @@ class Method:
     def alpha_hat(self, log_p, log_q_proposal, log_good):
         """Posterior weights, normalised within each group. Arguments (n,). -> (n,)
 
-        For "data" the arguments are the human pair. Evaluations do not use the result.
+        For "data" the arguments are human pairs. Evaluations do not use the result (for the one output of
+        `--greedy` it is empty).
         """
-        if self.source == "data":  # the human choice is the first output of the pair
-            return torch.tensor([1.0, 0.0]).to(log_p)
+        if self.source == "data":  # the human choice is the first output of a pair
+            return torch.tensor([1.0, 0.0]).repeat(len(log_p) // 2).to(log_p)
         log_p, log_q_proposal, log_good = map(self.grouped, (log_p, log_q_proposal, log_good))
         if not self.argmax:
             return posterior_weights(log_p, log_q_proposal, log_good).reshape(-1)
