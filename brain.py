@@ -1634,8 +1634,8 @@ class Settings:
     # a step of 1e-5 is below the precision of bfloat16. The reward model has the same dtype.
     dtype: str | None = setting(None, "default: by the device", ("float32", "bfloat16", "float16", "float64"))
     # Algorithm 1. Over a run, each sample is visited k x batch size / m = 3.2 times on average. On a GPT-J of
-    # 2M parameters, neither 1.7 nor 6 visits, nor 2 or 8 rounds, gave a higher elbo at the same cost. Four
-    # times the prompts and updates did, and more so with half the learning rate.
+    # 2M parameters (one seed), neither 1.7 nor 6 visits, nor 2 or 8 rounds, gave a higher elbo at the same
+    # cost. Four times the prompts and updates did, with half the learning rate.
     iterations: int = setting(4, "e: rounds of sampling and updates; 0 only evaluates", lowest=0)
     prompts_per_iteration: int = setting(1000, "m: prompts in a round", lowest=1)
     samples_per_prompt: int = setting(32, "n: outputs per prompt (paper: 32)", lowest=2)
