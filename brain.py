@@ -81,26 +81,25 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
+import importlib.util
 import inspect
 import json
 import logging
 import math
 import os
 import re
-import runpy
 import shutil
 import sys
 import time
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from jinja2 import TemplateError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -350,17 +349,18 @@ def rejection_sample(log_good, n, generator=None):
 # 3. Algorithm 1
 #
 # The language model and its reward are used through three calls:
-#     policy.sample(prompt_ids, n, max_new_tokens, prior, generator)   n outputs, drawn from q_theta or p
-#     policy.log_prob(prompt_ids, outputs, prior)                      their log-probabilities, (n,)
-#     reward(prompt, texts, columns)                                   their rewards, (n,); columns: the
-#                                                                      other columns of the prompt's row
-# With `--greedy`, an evaluation also calls sample(prompt_ids, 1, max_new_tokens, greedy=True).
+#     policy.sample_together(prompts, n, max_new_tokens, prior, generators)
+#                                                   n outputs of each prompt, drawn from q_theta or p
+#     policy.log_prob(prompt_ids, outputs, prior)   the log-probabilities of a prompt's outputs, (n,)
+#     reward(prompt, texts, columns)                their rewards, (n,); columns: the other columns of the
+#                                                   prompt's row
+# With `--greedy`, an evaluation also calls sample_together(prompts, 1, max_new_tokens, greedy=True).
 # The policy also gives the text of an output, whether it ended by itself, and its trained parameters,
 # {name: parameter}.
 #
 # `train` also calls `run`, which logs, evaluates, saves and resumes. To follow the method, read
 #     run.start(...)               as nothing
-#     run.collect(t, rows, draw)   as [draw(i) for i in rows]
+#     run.collect(t, rows, draw)   as draw(rows)
 #     run.steps(t)                 as range((t - 1) k + 1, t k + 1), the k updates of round t
 #     run.after_update(...)        as nothing
 # A resumed run passes through its finished rounds again: collect then returns what was stored, and steps is
@@ -415,14 +415,15 @@ def train(policy, reward, data, settings, run):
     total = settings.iterations * settings.updates_per_iteration
     schedule = transformers.get_scheduler(settings.lr_scheduler_type, optimizer, settings.warmup_steps, total)
     buffer = []  # line 2: D_0
+    source = METHODS[settings.method].source
     run.start(policy, optimizer)
     for t in range(1, settings.iterations + 1):  # line 3
         # line 4: S_t
         prompts = random_subset(len(data), settings.prompts_per_iteration, settings.seed, PROMPTS, t)
 
-        def draw(i):
-            source, generator = METHODS[settings.method].source, seeded(settings.seed, OUTPUTS, t, i)
-            return collect(policy, reward, data[i], settings, source, generator, t)
+        def draw(rows):
+            generators = [seeded(settings.seed, OUTPUTS, t, i) for i in rows]
+            return collect(policy, reward, [data[i] for i in rows], settings, source, generators, t)
 
         buffer += run.collect(t, prompts, draw)  # lines 5 to 12: D_t keeps the samples of all rounds
         for step in run.steps(t):  # line 13
@@ -435,26 +436,34 @@ def train(policy, reward, data, settings, run):
 
 
 @torch.no_grad()
-def collect(policy, reward, example, settings, source, generator, iteration=0):
-    """Lines 6 to 10 for one prompt: draw n outputs, cache their log q', log p, reward and alpha_hat. ->
-    Samples
+def collect(policy, reward, examples, settings, source, generators, iteration=0):
+    """Lines 6 to 10 for some prompts: draw n outputs of each, and cache their log q', log p, reward and
+    alpha_hat. -> a list of Samples
 
     Old samples can be used in later rounds. Each keeps the log q' of the proposal that drew it, and p is
     fixed, so alpha_hat does not change. The objective is then D_n averaged over the proposals of all rounds,
     which is still zero only at the posterior.
 
     source is that of the method in training. Evaluation passes "prior", "policy" or "greedy" for every
-    method, and does not use alpha_hat.
+    method, and does not use alpha_hat. Every prompt has a generator of its own, so its outputs do not depend
+    on the prompts that are drawn with it.
     """
+    ids = [example.ids for example in examples]
     if source == "data":
-        outputs = example.pair
+        outputs = [example.pair for example in examples]
     elif source == "greedy":
-        outputs = policy.sample(example.ids, 1, settings.max_new_tokens, greedy=True)
+        outputs = policy.sample_together(ids, 1, settings.max_new_tokens, greedy=True)
     else:
         draws = settings.samples_per_prompt * (4 if source == "rso" else 1)  # line 6, departure 8
-        outputs = policy.sample(example.ids, draws, settings.max_new_tokens, source != "policy", generator)
-    texts = [policy.text(example.ids, output) for output in outputs]
-    rewards = reward(example.prompt, texts, example.columns)  # line 8
+        outputs = policy.sample_together(ids, draws, settings.max_new_tokens, source != "policy", generators)
+    texts = [[policy.text(x.ids, output) for output in some] for x, some in zip(examples, outputs)]
+    rewards = [reward(x.prompt, some, x.columns) for x, some in zip(examples, texts)]  # line 8
+    drawn = zip(examples, outputs, texts, rewards, generators)
+    return [cache_weights(policy, *one, settings, source, iteration) for one in drawn]
+
+
+def cache_weights(policy, example, outputs, texts, rewards, generator, settings, source, iteration):
+    """Lines 8 and 9 for the outputs of one prompt. -> Samples"""
     if source == "rso":
         log_good = log_goodness(rewards, settings.goodness, settings.beta)
         kept = rejection_sample(log_good, settings.samples_per_prompt, generator)
@@ -591,6 +600,11 @@ def refuse_if(wrong, message):
         raise UserError(message)
 
 
+def in_groups(items, size):
+    """Consecutive parts of a list, each of at most `size` items."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 class Policy:
     """A causal LM and its tokenizer as p, q' and q_theta. All three have the same support.
 
@@ -603,9 +617,9 @@ class Policy:
     outputs_per_forward  how many outputs go through the model at once. None: all that are asked for.
 
     The model is scored by plain forwards first. Then q_theta and p are made from it, and `_check` compares
-    them with these scores, tests whether the model is causal, and whether two ways to save time give the same
-    numbers: a cache in sampling (keeps_cache) and a shared prompt in scoring (shares_prompt). Until then
-    every forward is plain.
+    them with these scores, tests whether the model is causal, and whether three ways to save time give the
+    same numbers: a cache in sampling (keeps_cache), prompts that are padded to be sampled together
+    (pads_prompts) and a shared prompt in scoring (shares_prompt). Until then every forward is plain.
 
     Dropout stays off. With dropout, beta_hat would be noise where it should be 1/n. Of a checkpoint's
     generation config only the end-of-sequence ids are used: with its top-k or temperature, log q' would not
@@ -630,7 +644,7 @@ class Policy:
         # _unknown: the ids without a token. They are found at the first forward, from the width of the
         # logits, because config.vocab_size may differ from it.
         self._unknown = self.prior_model = self.prior_adapter = None
-        self.shares_prompt = self.keeps_cache = False  # until `_check` has tried them
+        self.shares_prompt = self.keeps_cache = self.pads_prompts = False  # until `_check` has tried them
         self.ends = []  # set after the check, so that no draw of the check ends early
         # A prompt of 5 tokens and outputs of 6 and 1, scattered over the vocabulary, without special tokens.
         # `_check` compares with their log-probabilities by plain forwards of the model as it comes.
@@ -689,8 +703,11 @@ class Policy:
 
     # ---- one forward
 
-    def _forward(self, model, ids, keep, cache=None, use_cache=False):
+    def _forward(self, model, ids, keep, cache=None, use_cache=False, mask=None):
         """One forward of ids (B, T). -> (logits (B, keep, V) of the last `keep` positions, cache or None)
+
+        mask (B, S) has a 0 for each padding of the S tokens of cache and ids. Padding is on the left, so
+        positions are counted from the first real token.
 
         Where the model allows it, the other logits are not computed: over a prompt of 500 tokens they are the
         largest tensor. A cache that is passed in grows by T tokens. With use_cache and none passed in, the
@@ -701,6 +718,10 @@ class Policy:
         arguments = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
         if cache is not None or (use_cache and self.shares_prompt):
             arguments[self._cache_name] = DynamicCache() if cache is None else cache
+        if mask is not None and not mask.all():
+            arguments["attention_mask"] = mask
+            if "position_ids" in self._accepted:  # the others count them from the mask
+                arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = model(input_ids=ids, use_cache=use_cache, **arguments)
         return output.logits[:, -keep:], getattr(output, self._cache_name, None)
 
@@ -727,8 +748,7 @@ class Policy:
         backward computes each chunk again, so that only one chunk's activations exist at a time.
         """
         prompt = prompt_ids.to(self.device)[None]  # (1, P)
-        size = self.outputs_per_forward or len(outputs)
-        chunks = [outputs[i : i + size] for i in range(0, len(outputs), size)]
+        chunks = in_groups(outputs, self.outputs_per_forward or len(outputs))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not prior), self._using(prior) as model:
             score = functools.partial(self._score, model, prompt)
             if len(chunks) > 1 and torch.is_grad_enabled():  # the backward, outside `_using`, runs it again
@@ -764,48 +784,72 @@ class Policy:
         a CPU torch.Generator. The same generator gives the same outputs for any `outputs_per_forward`, up to
         rounding. greedy, for evaluation only, takes the most likely token each time.
         """
-        # One uniform number for each token, drawn in advance, so that chunks do not change the outputs.
-        uniform = torch.rand(n, max_new_tokens, dtype=torch.float64, generator=generator).to(self.device)
-        outputs = []
-        for chunk in uniform.split(self.outputs_per_forward or n):
-            outputs += self._draw(prompt_ids, chunk, prior, greedy)[0]
-        return outputs
+        return self.sample_together([prompt_ids], n, max_new_tokens, prior, [generator], greedy)[0]
+
+    def sample_together(self, prompts, n, max_new_tokens, prior=False, generators=None, greedy=False):
+        """`sample` for several prompts, each with its own generator. -> for each prompt a list of n outputs
+
+        They are drawn in one batch, since a step of a GPU takes about as long for one row as for hundreds. If
+        the model misreads padding, or `outputs_per_forward` allows fewer rows, they are drawn one by one.
+        """
+        # One uniform number for each token, drawn in advance. So neither chunks nor other prompts change it.
+        draw = functools.partial(torch.rand, n, max_new_tokens, dtype=torch.float64)
+        uniform = [draw(generator=x).to(self.device) for x in generators or [None] * len(prompts)]
+        size = self.outputs_per_forward or n * len(prompts)
+        if self.pads_prompts and size >= n * len(prompts):
+            return in_groups(self._draw(prompts, torch.stack(uniform), prior, greedy)[0], n)
+        chunks = [[(x, chunk[None]) for chunk in own.split(size)] for x, own in zip(prompts, uniform)]
+        return [sum((self._draw([x], chunk, prior, greedy)[0] for x, chunk in some), []) for some in chunks]
 
     @torch.no_grad()
-    def _draw(self, prompt_ids, uniform, prior=False, greedy=False):
-        """Draws R outputs token by token. uniform (R, max_new_tokens) decides each token.
-        -> (R LongTensors, their log-probabilities (R,))
+    def _draw(self, prompts, uniform, prior=False, greedy=False):
+        """Draws outputs token by token. uniform (P, c, T) decides the tokens of c outputs of each of P
+        prompts. -> (R = P c LongTensors, their log-probabilities (R,))
 
         The log-probabilities are the sampler's own sums. Only the startup check reads them. Training takes
         those of `log_prob`, so that beta_hat is 1/n for new samples and not only nearly so.
         """
-        prompt = prompt_ids.to(self.device)[None]  # (1, P)
-        sequence = prompt.expand(len(uniform), -1)  # (R, P + t)
-        length = torch.zeros(len(uniform), dtype=torch.long, device=self.device)
-        going = length == 0  # the outputs that have not ended; the others stay in the batch, unread
-        total = 0.0
+        ids, real = pad_right(prompts, self.device, "left")  # (P, L)
+        (P, L), (_, c, T) = ids.shape, uniform.shape
+        of = torch.arange(P, device=self.device).repeat_interleave(c)  # (R,): the prompt of each output
+        uniform, sequence = uniform.flatten(0, 1), F.pad(ids, (0, T))[of]  # (R, T), (R, L + T)
+        mask = F.pad(real.long(), (0, T), value=1)  # (P, L + T)
+        rows = torch.arange(len(of), device=self.device)  # the outputs in the batch, and which of them go on
+        going = rows >= 0
+        length = torch.zeros_like(rows)
         with self._using(prior) as model:
-            logits, cache = self._forward(model, prompt, 1, use_cache=self.keeps_cache)  # the prompt, once
-            logits = logits.expand(len(uniform), -1, -1)  # (R, 1, V)
+            logits, cache = self._forward(model, ids, 1, use_cache=self.keeps_cache, mask=mask[:, :L])
+            logits, mask = logits[of], mask[of]  # each prompt is computed once
+            total = torch.zeros_like(self._scores(logits)[:, 0, 0])  # (R,)
             if cache is not None:
-                cache.reorder_cache(torch.zeros(len(uniform), dtype=torch.long))  # a copy for each output
-            for t, draw in enumerate(uniform.unbind(1)):
+                cache.reorder_cache(of)  # a copy for each output
+            for t in range(T):
                 if t > 0:  # without a cache, the whole sequence is computed again for each token
-                    new = sequence if cache is None else sequence[:, -1:]
-                    logits, _ = self._forward(model, new, 1, cache, cache is not None)
-                scores = self._scores(logits[:, 0])
-                # Invert the cumulative distribution. In float64, because a float32 sum of 50,000 terms rounds
-                # the probability of rare tokens away.
-                cumulative = torch.softmax(scores.double(), -1).cumsum(-1)
-                drawn = torch.searchsorted(cumulative, draw[:, None] * cumulative[:, -1:], right=True)
-                token = scores.argmax(-1, keepdim=True) if greedy else drawn
-                total = total + (scores.gather(-1, token)[:, 0] - scores.logsumexp(-1)).where(going, 0.0)
-                sequence = torch.cat([sequence, token], 1)
-                length += going
-                going &= ~torch.isin(token[:, 0], torch.tensor(self.ends, device=self.device))
+                    start = 0 if cache is None else L + t - 1
+                    new, seen = sequence[rows, start : L + t], mask[rows, : L + t]
+                    logits, _ = self._forward(model, new, 1, cache, cache is not None, seen)
+                token, log_prob = self._token(logits[:, 0], uniform[rows, t, None], greedy)
+                sequence[rows, L + t] = token
+                total[rows] += log_prob.where(going, 0.0)
+                length[rows] += going
+                going = going & ~torch.isin(token, torch.tensor(self.ends, device=self.device))
                 if not going.any():
                     break
-        return [row[:T].cpu() for row, T in zip(sequence[:, prompt.shape[1] :], length)], total
+                if 4 * going.sum() < 3 * len(rows):  # take out what has ended; not each time, as this copies
+                    if cache is not None:
+                        cache.reorder_cache(going.nonzero()[:, 0])
+                    rows, going = rows[going], going[going]
+        return [row[:size].cpu() for row, size in zip(sequence[:, L:], length)], total
+
+    def _token(self, logits, uniform, greedy):
+        """Logits (B, V) and uniform numbers (B, 1) -> tokens (B,) and their log-probabilities (B,)"""
+        scores = self._scores(logits)
+        # Invert the cumulative distribution. In float64, because a float32 sum of 50,000 terms rounds the
+        # probability of rare tokens away.
+        cumulative = torch.softmax(scores.double(), -1).cumsum(-1)
+        drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        token = scores.argmax(-1, keepdim=True) if greedy else drawn
+        return token[:, 0], scores.gather(-1, token)[:, 0] - scores.logsumexp(-1)
 
     # ---- outputs as text
 
@@ -847,10 +891,11 @@ class Policy:
         # Here the short output is padded on the right. In `before` it was not.
         causal = same and self._agree(self.log_prob(prompt, outputs), before)
         refuse_if(not causal, f"--model: {self.name} is not causal; give a causal LM")
-        self.keeps_cache = True
-        if not self._cache_works(prompt, outputs, before):
-            self.keeps_cache = False
-            print(f"brain: the cache of {self.name} cannot be copied; sampling is slow", file=sys.stderr)
+        for self.keeps_cache, self.pads_prompts in ((True, True), (True, False), (False, False)):
+            if self._cache_works(prompt, outputs, before):
+                break
+        if not self.pads_prompts:
+            print(f"brain: {self.name} misreads padding or has no cache; it samples slowly", file=sys.stderr)
         # This cache is the model's own, because shares_prompt is still False.
         _, cache = self._forward(self.model, prompt[None].to(self.device), 1, use_cache=self.keeps_cache)
         # Only keys and values can be shared, not recurrent states. A DummyLayer has none of its own: it reads
@@ -864,9 +909,11 @@ class Policy:
         """Whether the sampler's log-probabilities agree with `log_prob`, and `log_prob` with plain
         forwards."""
         try:
-            uniform = torch.rand(2, 4, dtype=torch.float64, generator=seeded(0)).to(self.device)
-            drawn, log_probs = self._draw(prompt, uniform)
-            agree = self._agree(log_probs, self.log_prob(prompt, drawn))
+            prompts = [prompt[:2], prompt] if self.pads_prompts else [prompt]
+            uniform = torch.rand(len(prompts), 2, 4, dtype=torch.float64, generator=seeded(0)).to(self.device)
+            drawn, log_probs = self._draw(prompts, uniform)
+            scored = [self.log_prob(x, some) for x, some in zip(prompts, in_groups(drawn, 2))]
+            agree = self._agree(log_probs, torch.cat(scored))
             return agree and self._agree(self.log_prob(prompt, outputs), before)
         except Exception:  # caches of unusual kinds fail in ways of their own
             return False
@@ -914,9 +961,9 @@ def check_ids(model, tokenizer, flag_name):
     return known
 
 
-def pad_right(sequences, device):
+def pad_right(sequences, device, side="right"):
     """n LongTensors (T_i,) -> ids (n, T), and which of them are real, (n, T) bool."""
-    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=-1).to(device)
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, True, padding_value=-1, padding_side=side).to(device)
     return ids.clamp(min=0), ids >= 0
 
 
@@ -925,15 +972,13 @@ def pad_right(sequences, device):
 
 
 @contextlib.contextmanager
-def library_errors(flag_name, name, *kinds):
-    """What a library says about a missing, gated or broken file, as one line that names the flag. kinds: more
-    exceptions to catch."""
-    kinds += (AssertionError, ImportError, LookupError, OSError, RuntimeError, UnpicklingError, ValueError)
+def library_errors(flag_name, name):
+    """What a library says about a missing, gated or broken file, as one line that names the flag."""
     is_path = re.match(r"[/.]|.*\.(jsonl?|csv|parquet)$", name)
     refuse_if(is_path and not Path(name).exists(), f"{flag_name} {name}: no such file")
     try:
         yield
-    except kinds as error:
+    except Exception as error:  # libraries raise errors of many kinds
         message = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise UserError(f"{flag_name} {name}: {message[:400]}") from error
 
@@ -954,9 +999,10 @@ def load_model(kind, name, flag_name, **arguments):
     options = {"output_loading_info": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
     with library_errors(flag_name, name):
         model, info = kind.from_pretrained(source, **options, **arguments)
-    # A bare checkpoint (see `RewardModel.from_pretrained`) must also have no parameter left over.
-    problems = ("missing_keys", "mismatched_keys", "unexpected_keys")[: 2 if source else 3]
-    wrong = sorted(str(parameter) for problem in problems for parameter in info[problem])
+    problems = ("missing_keys", "mismatched_keys", "unexpected_keys")
+    # Buffers that old versions of transformers saved are no parameters.
+    old = r"\.attn\.(masked_)?bias$|\.(inv_freq|position_ids)$"
+    wrong = [x for problem in problems for x in sorted(map(str, info[problem])) if not re.search(old, x)]
     refuse_if(wrong, f"{flag_name} {name}: {len(wrong)} parameters do not fit, such as {wrong[:1]}")
     return model
 
@@ -972,14 +1018,16 @@ def load_tokenizer(name, fallback, flag_name):
 
 
 def encode(tokenizer, text):
-    """Token ids of a text, with the beginning token that this tokenizer puts before texts, and no end token.
+    """Token ids of a text, with what this tokenizer puts before texts, such as a beginning token, and no end
+    token.
 
-    A chat template writes the beginning token itself, so it is not added twice. An end token after a text
-    would move "the last token", where a reward is read.
+    A chat template writes the beginning itself, so it is not added twice. An end token after a text would
+    move "the last token", where a reward is read.
     """
-    begin = [id for id in tokenizer("a").input_ids[:1] if id == tokenizer.bos_token_id]
+    plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    begin = whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)]
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    return ids if ids[:1] == begin else begin + ids
+    return ids if ids[: len(begin)] == begin else begin + ids
 
 
 def chat(tokenizer, messages, flag_name, tools=None, reply=False):
@@ -990,7 +1038,7 @@ def chat(tokenizer, messages, flag_name, tools=None, reply=False):
     """
     prefill = not reply and messages[-1:] != [] and messages[-1]["role"] == "assistant"
     how = {"add_generation_prompt": not reply and not prefill, "continue_final_message": prefill}
-    with library_errors(flag_name, f"{str(messages)[:100]} for {tokenizer.name_or_path}", TemplateError):
+    with library_errors(flag_name, f"{str(messages)[:100]} for {tokenizer.name_or_path}"):
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **how)
 
 
@@ -1058,8 +1106,6 @@ class RewardModel:
             with library_errors("--reward-model", bare):
                 saved = torch.load(bare, map_location="cpu", weights_only=True)  # a pickle may run code
             saved = {re.sub(r"^v_head\.", "score.", name): tensor for name, tensor in saved.items()}
-            # Buffers of an old version of transformers are left out.
-            saved = {name: x for name, x in saved.items() if not re.search(r"\.attn\.(masked_)?bias$", name)}
             model = load_model(kind, bare, "--reward-model", config=config, state_dict=saved, dtype=dtype)
         else:
             model = load_model(kind, name, flag_name, dtype=dtype)
@@ -1134,8 +1180,12 @@ class RewardFunction:
         """From "file.py:name". UserError if there is no such function."""
         path, _, name = spec.rpartition(":")
         refuse_if(not Path(path).is_file(), f"--reward-function {spec}: no such file; give file.py:name")
-        sys.path.append(str(Path(path).resolve().parent))  # for imports from beside it
-        function = runpy.run_path(path).get(name)
+        sys.path.insert(0, str(Path(path).resolve().parent))  # for imports from beside it
+        source = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(source)
+        sys.modules[source.name] = module  # so that a pool of processes finds its functions
+        source.loader.exec_module(module)
+        function = getattr(module, name, None)
         refuse_if(not callable(function), f"--reward-function {spec}: {path} has no function {name}")
         return cls(function, spec)
 
@@ -1148,9 +1198,11 @@ class RewardFunction:
         arguments = {name: [value] * n for name, value in (columns or {}).items()}
         arguments |= {"prompts": [prompt] * n, "completions": list(outputs)}
         returned = self.function(**arguments)
-        rewards = [math.nan if x is None else float(x) for x in ([] if returned is None else returned)]
+        rewards = []
+        with contextlib.suppress(TypeError, ValueError):  # None, nested lists, a coroutine
+            rewards = list(map(float, () if isinstance(returned, (str, dict)) else returned))
         good = len(rewards) == n and all(abs(x) < 1e38 for x in rewards)  # 1e39 is infinite in float32
-        refuse_if(not good, f"{self.name}: must return {n} finite numbers, not {str(returned)[:80]}")
+        refuse_if(not good, f"{self.name}: must return {n} finite numbers, not {returned!r:.80}")
         return torch.tensor(rewards, dtype=torch.float64)
 
 
@@ -1194,17 +1246,19 @@ def make_example(number, row, gold_column, needs_pair, tokenizer, settings):
 
     The policy reads text as it is, and messages through its tokenizer's chat template.
     """
-    prompt = row.pop("prompt")
+    prompt = without_nulls(row.pop("prompt"))
+    row |= {name: without_nulls(row[name]) for name in ("tools",) if name in row}
     gold = pair = None
     if isinstance(prompt, str) and gold_column and is_messages(row[gold_column]):
         prompt = [{"role": "user", "content": prompt}]  # answers are messages, so the prompt is one too
     text = prompt
-    if not isinstance(prompt, str):  # `datasets` fills the keys that a message lacks with null
-        prompt = [{key: x for key, x in message.items() if x is not None} for message in prompt]
+    if not isinstance(prompt, str):
         text = chat(tokenizer, prompt, f"--dataset row {number + 1}, --model", row.get("tools"))
     ids = encode(tokenizer, text)
     if gold_column and row[gold_column] is not None:
-        gold = answer_text(prompt, row[gold_column])
+        # Special tokens are taken off the text of an output, too.
+        special = "|".join(map(re.escape, tokenizer.all_special_tokens))
+        gold = re.sub(special, "", answer_text(prompt, row[gold_column]))
     if needs_pair:
         pair = []
         # The ids of an answer as if the policy had written it: what follows the prompt's own ids, then the
@@ -1218,6 +1272,13 @@ def make_example(number, row, gold_column, needs_pair, tokenizer, settings):
                 own = tokenizer(answer, add_special_tokens=False).input_ids
             pair.append(torch.tensor((own + [tokenizer.eos_token_id])[: settings.max_new_tokens]))
     return Example(number, prompt, torch.tensor(ids), gold, pair, columns=row)
+
+
+def without_nulls(value):
+    """Messages or tools without the keys that are null: `datasets` fills in those that a message lacks."""
+    if isinstance(value, dict):
+        return {key: without_nulls(x) for key, x in value.items() if x is not None}
+    return list(map(without_nulls, value)) if isinstance(value, list) else value
 
 
 def is_messages(value):
@@ -1270,7 +1331,7 @@ def read_dataset(s):
 
     datasets.disable_progress_bars()
     path, files = Path(s.dataset).absolute(), None
-    with library_errors("--dataset", s.dataset, datasets.exceptions.DatasetsError):
+    with library_errors("--dataset", s.dataset):
         if path.is_file():
             path, files = path.parent, {"train": path.name}
         elif not path.exists():
@@ -1282,8 +1343,8 @@ def read_dataset(s):
 def load_splits(s):
     """{"train", "validation", "test": rows}, each with a column `prompt`.
 
-    A tenth of train, at most 1000 rows, is held out for each split that the data lacks. These rows are
-    the same for every --seed.
+    A tenth of the prompts of train, at most 1000, are held out for each split that the data lacks, with all
+    their rows: preferences often have several for one prompt. They are the same for every --seed.
     """
     found = read_dataset(s)
     trains = [split for split in found if split.startswith("train")]
@@ -1295,10 +1356,13 @@ def load_splits(s):
     splits = {}
     for split, own in names.items():
         if own is None:
-            size = min(1000, math.ceil(len(splits["train"]) / 10))
-            parts = splits["train"].train_test_split(size, seed=0)
-            splits["train"], splits[split] = parts["train"], parts["test"]
-            print(f"{split}: not in the data; {size} rows of train are held out for it")
+            distinct = sorted(set(map(str, splits["train"]["prompt"])))
+            refuse_if(len(distinct) < 3, f"--dataset {s.dataset}: has {len(distinct)} prompts; it takes 3")
+            tenth = math.ceil(len(distinct) / 10)
+            held = {distinct[i] for i in random_subset(len(distinct), min(1000, tenth), 0)}
+            splits[split] = splits["train"].filter(lambda row: str(row["prompt"]) in held)
+            splits["train"] = splits["train"].filter(lambda row: str(row["prompt"]) not in held)
+            print(f"{split}: not in the data; {len(held)} prompts of train are held out for it")
         else:
             refuse_if(own not in found, f"--dataset {s.dataset}: has no split {own}, but {', '.join(found)}")
             splits[split] = check_rows(found[own], f"--dataset {s.dataset}: split {own}", s.method, split)
@@ -1316,7 +1380,9 @@ def check_rows(rows, at, method, split):
         names = ["chosen", "rejected"]
     for name in names:
         refuse_if(name not in columns, f"{at} has no column {name}, only {rows.column_names}")
-        for i, value in enumerate(rows[name]):
+        with library_errors(at, ""):  # text that is not UTF-8
+            values = list(rows[name])
+        for i, value in enumerate(values):
             refuse_if(not is_text(value), f"{at}, row {i + 1}: {name} is not text or messages: {value!s:.40}")
     return rows.map(split_pair) if split_them else rows
 
@@ -1333,10 +1399,14 @@ def draw_held_out(policy, reward, data, settings, source):
     only.
     """
     count = min(len(data), settings.eval_prompts or len(data))
-    drawn = []
-    for i in tqdm([j * len(data) // count for j in range(count)], desc="evaluation", leave=False):
-        drawn.append(collect(policy, reward, data[i], settings, source, seeded(settings.seed, HELD_OUT, i)))
-    return drawn
+
+    def draw(rows):
+        generators = [seeded(settings.seed, HELD_OUT, i) for i in rows]
+        return collect(policy, reward, [data[i] for i in rows], settings, source, generators)
+
+    rows = [j * len(data) // count for j in range(count)]
+    groups = tqdm(in_groups(rows, settings.prompts_per_forward), desc="evaluation", leave=False)
+    return sum(map(draw, groups), [])
 
 
 @torch.no_grad()
@@ -1387,6 +1457,7 @@ PANELS = {  # of report.png: title, and the metrics that it shows
     "Win-rate of the policy against the gold answers, %": ["win_rate"],
     "Reward of the policy, and its KL to the prior": ["reward", "kl_to_prior"],
     "Effective sample sizes of the updates (at most n)": ["ess_alpha", "ess_beta"],
+    "Share of the stored outputs that ended by themselves": ["ended"],
 }
 
 
@@ -1417,12 +1488,21 @@ class Run:
     def __init__(self, settings, reward, data):
         """Creates the directory, with config.json: the settings, and versions that numbers depend on."""
         self.settings, self.reward, self.data = settings, reward, data
-        self.path = Path(settings.output_dir or time.strftime(f"runs/{settings.method}-%Y%m%d-%H%M%S"))
+        # The process id keeps apart runs that start in the same second.
+        name = time.strftime(f"runs/{settings.method}-%Y%m%d-%H%M%S-{os.getpid()}")
+        settings.output_dir = str(settings.output_dir or name)
+        self.path = Path(settings.output_dir)
+        # What stored samples belong to. A resumed run must find the same.
+        known = [(split, x.row, x.ids.tolist(), x.gold) for split, some in data.items() for x in some]
+        digest = hashlib.sha256(repr(known).encode()).hexdigest()
+        before = json.loads((self.path / "config.json").read_text())["data"] if settings.resume else digest
+        refuse_if(before != digest, "--resume: the prompts have changed since the run began; restore them")
         if settings.overwrite:
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
             shutil.rmtree(self.path / "model", ignore_errors=True)
         (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
         config = dataclasses.asdict(settings) | {x.__name__: x.__version__ for x in (torch, transformers, np)}
+        config["data"] = digest
         (self.path / "unfinished.json").write_text(json.dumps(config, indent=1) + "\n")
         (self.path / "unfinished.json").replace(self.path / "config.json")
         print(f"run: {self.path}", flush=True)
@@ -1452,17 +1532,17 @@ class Run:
             os.truncate(self.path / name, size)
 
     def collect(self, t, rows, draw):
-        """The Samples of round t, by draw(i) for each index of a prompt, or those of the checkpoint."""
+        """The Samples of round t, by draw(rows) for some indices of prompts at a time, or those of the
+        checkpoint."""
         if any(samples.iteration == t for samples in self.buffer):
             return [samples for samples in self.buffer if samples.iteration == t]
-        drawn = []
-        for i in tqdm(rows, desc=f"round {t}, sampling", leave=False):
-            samples = draw(i)
+        groups = in_groups(rows, self.settings.prompts_per_forward)
+        drawn = sum(map(draw, tqdm(groups, desc=f"round {t}, sampling", leave=False)), [])
+        for samples in drawn:
             texts = {"output": samples.texts, "output_ids": [ids.tolist() for ids in samples.outputs]}
             columns = texts | {name: getattr(samples, name).tolist() for name in CACHED}
             line = {"iteration": t, "row": samples.example.row, "prompt": samples.example.prompt}
             self.write("samples.jsonl", [line | dict(zip(columns, x)) for x in zip(*columns.values())])
-            drawn.append(samples)
         self.buffer += drawn
         step = (t - 1) * self.k
         if METHODS[self.settings.method].source in ("policy", "prior"):
@@ -1472,8 +1552,7 @@ class Run:
 
     def steps(self, t):
         """The updates of round t that are still to do."""
-        steps = range(max(self.done, (t - 1) * self.k) + 1, t * self.k + 1)
-        return tqdm(steps, desc=f"round {t}, updates", leave=False)
+        return tqdm(range(max(self.done, (t - 1) * self.k) + 1, t * self.k + 1), f"round {t}", leave=False)
 
     def after_update(self, step, metrics):
         """Logs an update. Evaluates every --eval-every updates and at the end, and then checkpoints."""
@@ -1539,9 +1618,6 @@ class Run:
         text = "  ".join(f"{name} {value:.3f}" for name, value in metrics.items() if name != "kept")
         text = re.sub(r"  \w+_(standard_error|half_width) ", " ± ", text)
         print(f"update {step:>6}  {split:<10}  {text}  kept: update {self.kept}", flush=True)
-        for line in lines[:: len(answers[0].outputs)][:2]:
-            gold = "" if line["gold"] is None else f"; gold {line['gold_reward']:.2f}: {line['gold'][:60]!r}"
-            print(f"    reward {line['reward']:.2f}: {line['output'][:60]!r}{gold}", flush=True)
         return metrics
 
     def report(self):
@@ -1550,16 +1626,16 @@ class Run:
         import pandas
 
         lines = pandas.read_json(self.path / "metrics.jsonl", lines=True).set_index("step")
+        evaluations = lines[lines["split"] == "validation"]
         rounds = range(0, self.k * self.settings.iterations + 1, self.k)
-        figure = plt.figure(figsize=(16, 9), layout="constrained")
-        for place, (title, names) in enumerate(PANELS.items(), start=1):
-            axis = figure.add_subplot(2, 3, place)
-            # The panels with loss and ess_beta need the lines of updates. The others leave them out, because
-            # there reward and kl_to_prior are those of stored outputs. Grid lines mark rounds; between
-            # evaluations values are interpolated.
-            shown = lines if names[-1] in ("loss", "ess_beta") else lines[lines["split"] == "validation"]
-            look = {"grid": True, "marker": ".", "markersize": 3, "style": {"log_evidence": "--"}}
-            shown.reindex(columns=names).interpolate().plot(ax=axis, title=title, xticks=rounds, **look)
+        figure, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
+        for axis, (title, names) in zip(axes.flat, PANELS.items()):
+            # These are known at each update, the others at each evaluation: there, the reward and kl_to_prior
+            # of an update are those of stored outputs. A dot is a measurement. Grid lines mark rounds.
+            shown = lines if names[-1] in ("loss", "ess_beta", "ended") else evaluations
+            for name in names:
+                look = {"grid": True, "marker": ".", "style": "--" if name == "log_evidence" else "-"}
+                shown.reindex(columns=[name]).dropna().plot(ax=axis, title=title, xticks=rounds, **look)
             axis.axvline(self.kept, color="black", linestyle=":", label=f"kept: update {self.kept}")
             axis.legend()
         figure.savefig(self.path / "report.png", dpi=100)
@@ -1590,7 +1666,7 @@ COMPANIONS = {  # what goes with a model. Each entry is a default that its flag 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 # What may change when a run is resumed. More iterations extend a run; the learning rate of what is left then
 # follows the longer schedule.
-FREE = "output_dir resume overwrite device iterations outputs_per_forward eval_prompts learning_rate".split()
+FREE = "output_dir resume device iterations outputs_per_forward prompts_per_forward learning_rate".split()
 
 
 def setting(default, text, choices=None, lowest=-math.inf, below=math.inf):
@@ -1655,6 +1731,9 @@ class Settings:
     lora_alpha: int = setting(32, "a new adapter has scale alpha / rank (paper: 32; 16 for HH)", lowest=1)
     load_in_4bit: bool = setting(False, "base model in 4 bits; needs pip install bitsandbytes")
     outputs_per_forward: int | None = setting(None, "outputs in the model at once; default: all", lowest=1)
+    # 4 prompts of 32 outputs keep most devices busy. Their keys and values must fit: of GPT-J they take
+    # 32 GB, for 128 outputs of 550 tokens in 16 bits.
+    prompts_per_forward: int = setting(4, "prompts that are sampled at once", lowest=1)
     # evaluation
     eval_prompts: int = setting(128, "prompts per evaluation; 0: the whole split", lowest=0)
     greedy: bool = setting(False, "win_rate and reward of greedy outputs, not of draws")
@@ -1679,9 +1758,8 @@ class Parser(transformers.HfArgumentParser):
 def parse(argv):
     """Command line -> Settings: what was typed, else what a resumed run had, else what goes with the model,
     else the default."""
-    example = "example: python brain.py --model MODEL --reward-model REWARD_MODEL --dataset prompts.jsonl"
-    parser = Parser(Settings, epilog=f"{example}; toy's own: {COMPANIONS['toy']}", allow_abbrev=False)
-    argv = [re.sub("^(--[a-z_-]+=)?~/", rf"\g<1>{Path.home()}/", word) for word in argv]
+    parser = Parser(Settings, epilog=f"toy's own: {COMPANIONS['toy']}", allow_abbrev=False)
+    argv = [re.sub("^(--[a-z_-]+=)?~/", lambda x: f"{x[1] or ''}{Path.home()}/", word) for word in argv]
     typed = parser.parse_args(argv)
     before = settings_of_run(typed)
     known = COMPANIONS.get(typed.model, {})
@@ -1751,17 +1829,13 @@ def load_model_and_reward(s):
     if adapter:
         base = s.base_model or json.loads(Path(adapter).read_text())["base_model_name_or_path"]
         refuse_if(not base, f"--base-model: missing; the adapter {s.model} does not name its base")
-    with library_errors("--model", base), torch.device("meta"):  # without storage, to count parameters
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        count = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
     dtype = getattr(torch, s.dtype)
-    print(f"model: {base}, {count:,} parameters, {count * dtype.itemsize / 1e6:,.2f} MB in {dtype}")
-    context = context_of(config)
+    with library_errors("--model", base):
+        context = context_of(transformers.AutoConfig.from_pretrained(base, trust_remote_code=False))
     refuse_if(s.max_new_tokens >= context, f"--max-new-tokens: leaves no room in a context of {context}")
     tokenizer = load_tokenizer(s.model, s.tokenizer or base, "--model")
     refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no eos_token")
-    with library_errors("--dataset", s.dataset):  # text that is not UTF-8, too few rows to hold some out
-        splits = load_splits(s)
+    splits = load_splits(s)
     if s.reward_function:
         reward = RewardFunction.from_file(s.reward_function)
     else:
@@ -1775,10 +1849,11 @@ def load_model_and_reward(s):
         options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
         arguments["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
     model = load_model(transformers.AutoModelForCausalLM, base, "--model", **arguments)
+    print(f"model: {base}, {model.num_parameters():,} parameters, {dtype}, on {s.device}")
     if adapter:
         import peft
 
-        with warnings.catch_warnings(), library_errors("--model", s.model, UserWarning):
+        with warnings.catch_warnings(), library_errors("--model", s.model):
             # Without this, an adapter for another architecture would load as no adapter at all.
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = peft.PeftModel.from_pretrained(model, s.model)
@@ -1803,9 +1878,7 @@ def execute(s):
     has_gold = any(example.gold is not None for example in data["validation"])
     s.select_by = s.select_by or ("win_rate" if has_gold else "elbo")
     refuse_if(s.select_by == "win_rate" and not has_gold, "--select-by win_rate: there are no gold answers")
-    count = min(s.prompts_per_iteration, len(data["train"]))
     print(f"{s.iterations} rounds of {s.method}, beta {s.beta:g}, {s.goodness}; keeps best {s.select_by}")
-    print(f"a round: {count} prompts x {s.samples_per_prompt} outputs, {s.updates_per_iteration} updates")
     run = Run(s, reward, data)
     train(policy, reward, data["train"], s, run)
     run.kept = run.load("best.pt")["step"]
@@ -1814,19 +1887,24 @@ def execute(s):
     if s.model == "toy":
         toy.report(policy.model, run.path / "toy.png", metrics)
     run.report()
-    print(f"{run.path}: model/ is the policy of update {run.kept}, the best by {s.select_by}")
-    if s.iterations and run.kept == 0:
-        print("brain: warning: no evaluation beat the first; model/ is the untrained prior", file=sys.stderr)
+    kept = f"the policy of update {run.kept}" if run.kept else "the untrained prior, which no update beat"
+    print(f"{run.path}: model/ is {kept}, by {s.select_by}")
 
 
 def main(argv=None):
-    """-> exit code: 0, or 2 for what the user can fix, with one line on stderr"""
+    """-> exit code: 0; 2 for what the user can fix, with one line on stderr; 130 after an interrupt"""
     logging.disable(logging.ERROR)  # of other libraries. `load_model` refuses what matters in their warnings.
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other's future
+    settings = Settings()
     try:
-        execute(parse(sys.argv[1:] if argv is None else list(map(str, argv))))
+        settings = parse(sys.argv[1:] if argv is None else list(map(str, argv)))
+        execute(settings)
         return 0
+    except KeyboardInterrupt:
+        where = settings.output_dir or "DIRECTORY"
+        print(f"brain: interrupted; --resume --output-dir {where} continues a run", file=sys.stderr)
+        return 130
     except UserError as error:
         print(f"brain: {error}", file=sys.stderr)
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:

@@ -105,7 +105,7 @@ class InMemory:
         pass
 
     def collect(self, t, rows, draw):
-        return [draw(row) for row in rows]
+        return draw(rows)
 
     def steps(self, t):
         return range((t - 1) * self.k + 1, t * self.k + 1)
@@ -146,10 +146,9 @@ def train_online(method, policy, reward, data, settings):
     scheduler = transformers.get_scheduler("linear", optimizer, 0, total)
     for t in range(1, settings.iterations + 1):
         rows = brain.random_subset(len(data), settings.prompts_per_iteration, settings.seed, brain.PROMPTS, t)
+        generators = [brain.seeded(settings.seed, brain.OUTPUTS, t, row) for row in rows]
         drawn = []
-        for row in rows:
-            generator = brain.seeded(settings.seed, brain.OUTPUTS, t, row)
-            samples = brain.collect(policy, reward, data[row], settings, "policy", generator, t)
+        for samples in brain.collect(policy, reward, [data[i] for i in rows], settings, "policy", generators, t):
             with torch.no_grad():
                 scored = [token_log_probs(model, samples)[0] for model in (policy.model, policy.prior_model)]
             drawn.append((samples, *scored))

@@ -28,8 +28,8 @@ KL(posterior || policy) on validation topics after a shorter run. Results are th
 choose nothing.
 
 All results go into DIR/real.json as soon as they are known. A run that stands there is not run again, so the
-comparison can be stopped and continued, on another machine, too. DIR/draws.pt keeps the draws behind the
-truth; where it is missing they are drawn again. Seconds are seconds of one processor core, without those of
+comparison can be stopped and continued, on another machine, too. DIR/draws-*.pt keep the draws behind the
+truth; where one is missing they are drawn again. Seconds are seconds of one processor core, without those of
 evaluation.
 """
 
@@ -98,28 +98,30 @@ NAMES = {  # of the numbers of a distribution, as printed
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Budgets, the same for all methods. They are part of the results' file."""
+    """Budgets, the same for all methods. What stands first is fixed for all that is in one real.json."""
 
-    topics: tuple = (48, 12, 20)  # for training, validation and test
+    topics: tuple = (48, 8, 16)  # for training, validation and test
     tokens: int = 20  # outputs are truncated there
     n: int = 16  # outputs per prompt
     batch_size: int = 4  # prompts in an update
-    visits: int = 3  # of each sample, for the methods of brain.py
+    visits: int = 1  # of each sample, for the methods of brain.py
     round_outputs: int = 512  # scored in a round of brain.py
-    checkpoints: tuple = (512, 1024, 2048, 4096)  # scored outputs; the last one ends a run
-    search_checkpoints: tuple = (1024,)  # of the runs that choose the learning rate
-    rates: tuple = (5e-4, 1e-3, 2e-3)
-    seeds: tuple = (0, 1)
-    search_seed: int = 100
+    prompts_per_forward: int = 8  # sampled at once by brain.py
     lora_rank: int = 8
     lora_alpha: int = 32
-    draws: int = 160  # of the prior for each held-out prompt, for the truth
+    draws: int = 128  # of the prior for each held-out prompt, for the truth
     own_draws: int = 16  # of a policy for each held-out prompt
+    # Which runs there are. More can be added to a real.json.
+    checkpoints: tuple = (512, 1024, 2048, 4096)  # scored outputs; the last one ends a run
+    search_outputs: int = 1024  # of the runs that choose the learning rate
+    rates: tuple = (5e-4, 1e-3, 2e-3)  # with a single one there is nothing to choose
+    seeds: tuple = (0, 1)
+    search_seed: int = 100
 
 
 QUICK = Plan(
     topics=(4, 2, 3), tokens=4, n=4, batch_size=2, visits=1, round_outputs=16, checkpoints=(16, 32),
-    search_checkpoints=(16,), rates=(1e-3, 2e-3), draws=64, own_draws=4,
+    search_outputs=16, rates=(1e-3, 2e-3), draws=64, own_draws=4,
 )  # fmt: skip
 
 
@@ -265,7 +267,7 @@ def own_numbers(policy, reward, truth, plan):
     settings.samples_per_prompt = plan.own_draws
     for i, known in enumerate(truth):
         example = known.example
-        drawn = brain.collect(policy, reward, example, settings, "policy", brain.seeded(1, i))
+        (drawn,) = brain.collect(policy, reward, [example], settings, "policy", [brain.seeded(1, i)])
         log_p, log_q, r = (x.double().numpy() for x in (drawn.log_p, drawn.log_q_proposal, drawn.reward))
         log_w = log_p + (r - R_MAX) / BETA - log_q
         values["elbo"].append(log_w.mean())
@@ -343,7 +345,8 @@ class Watch:
         self.clock = Clock()
 
     def collect(self, t, rows, draw):
-        return [draw(row) for row in rows]
+        groups = brain.in_groups(rows, self.plan.prompts_per_forward)
+        return sum((draw(group) for group in groups), [])
 
     def steps(self, t):
         return range((t - 1) * self.k + 1, t * self.k + 1)
@@ -379,9 +382,22 @@ def settings_of(plan, method, rate, seed, outputs=None):
 
 
 def new_policy(arguments, plan, seed):
+    """A policy whose adapter is on the value projections of the upper half of the layers.
+
+    At the start of training that is where the gradient stands out of its noise (see the README). The adapter
+    of a model given to `Policy` belongs to the prior, and the policy's is a copy of it. Here it is new, so it
+    changes nothing, and the prior is the model itself.
+    """
+    import peft
+
     model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    layers = model.config.num_hidden_layers
     torch.manual_seed(seed)  # LoRA starts at random
-    return brain.Policy(model, arguments.tokenizer, plan.lora_rank, plan.lora_alpha)
+    config = peft.LoraConfig(
+        r=plan.lora_rank, lora_alpha=plan.lora_alpha, target_modules=["v_proj"], task_type="CAUSAL_LM",
+        layers_to_transform=list(range(layers // 2, layers)),
+    )  # fmt: skip
+    return brain.Policy(peft.get_peft_model(model, config), arguments.tokenizer, plan.lora_rank)
 
 
 def train_brain(policy, reward, data, job, plan, truth):
@@ -460,14 +476,17 @@ def run_job(job, arguments, plan, data, prompts, known):
 
 # ------------------------------------------------------------------------------- all runs
 def search_jobs(method, plan):
-    outputs = {"outputs": plan.search_checkpoints[-1], "checkpoints": list(plan.search_checkpoints)}
+    """The runs that choose a method's learning rate."""
+    outputs = {"outputs": plan.search_outputs, "checkpoints": [plan.search_outputs]}
     job = {"method": method, "seed": plan.search_seed, "split": "validation", **outputs}
-    return [job | {"rate": rate} for rate in plan.rates]
+    return [job | {"rate": rate} for rate in plan.rates if len(plan.rates) > 1]
 
 
 def best_rate(method, plan, results):
     """The rate of the lowest KL(posterior || policy) on validation topics."""
     found = {job["rate"]: finished(results, job) for job in search_jobs(method, plan)}
+    if not found:
+        return plan.rates[0]
     return min(found, key=lambda rate: found[rate]["points"][-1]["kl_posterior"][0])
 
 
@@ -522,23 +541,24 @@ def print_rates(plan, results):
     print(f"  {'':20}" + "".join(f"{rate:>12g}" for rate in plan.rates))
     for method in (*BRAIN, *TRL):
         runs = [finished(results, job) for job in search_jobs(method, plan)]
-        if all(runs):
+        if runs and all(runs):
             values = [run["points"][-1]["kl_posterior"][0] for run in runs]
             stars = ["*" if value == min(values) else " " for value in values]
             cells = "".join(f"{value:>11.3f}{star}" for value, star in zip(values, stars))
             print(f"  {method:20}{cells}")
 
 
-def of_test(results):
+def of_test(plan, results):
     """{method: its runs on test topics}, in the order of the methods."""
-    runs = [run for run in results["runs"] if run["split"] == "test"]
+    ends = {"split": "test", "outputs": plan.checkpoints[-1]}
+    runs = [run for run in results["runs"] if ends.items() <= run.items()]
     return {m: found for m in (*BRAIN, *TRL) if (found := [run for run in runs if run["method"] == m])}
 
 
 def print_table(plan, results):
     """Numbers of test topics after the last checkpoint, mean over seeds."""
     rows = {"prior": [results["prior"]]}
-    rows |= {method: [run["end"] for run in runs] for method, runs in of_test(results).items()}
+    rows |= {method: [run["end"] for run in runs] for method, runs in of_test(plan, results).items()}
     rows |= {"exact posterior": [results["posterior"]]}
     print(f"\nTest topics after {plan.checkpoints[-1]} scored outputs, means over seeds and prompts, nats")
     print(f"  {'':18}{'seeds':>6}" + "".join(f"{name:>19}" for name in NAMES.values()))
@@ -546,7 +566,7 @@ def print_table(plan, results):
         cells = [f"{np.mean([end[name][0] for end in ends]):.3f}" for name in NAMES]
         print(f"  {row:18}{len(ends):>6}" + "".join(f"{cell:>19}" for cell in cells))
     print("\nKL(posterior||policy), mean over seeds ± standard error over prompts; the same by rejection")
-    for method, runs in of_test(results).items():
+    for method, runs in of_test(plan, results).items():
         for points in zip(*(run["points"] for run in runs)):
             mean = {x: np.mean([p[x] for p in points], 0) for x in ("kl_posterior", "kl_posterior_rejection")}
             cells = "   ".join(told(pair) for pair in mean.values())
@@ -554,12 +574,12 @@ def print_table(plan, results):
             print(f"  {method:18}{points[0]['outputs']:>7} outputs {seconds:>7.0f} s   {cells}")
 
 
-def print_examples(results):
+def print_examples(plan, results):
     print("\nThe first three test prompts: first output of the prior, of each method, of the exact posterior")
     for i, prompt in enumerate(results["examples"]):
         print(f"  {prompt['prompt']}")
         lines = {"prior": prompt["prior"]}
-        lines |= {method: runs[0]["first_outputs"][i] for method, runs in of_test(results).items()}
+        lines |= {method: runs[0]["first_outputs"][i] for method, runs in of_test(plan, results).items()}
         for name, (text, reward) in (lines | {"exact posterior": prompt["posterior"]}).items():
             print(f"    {name:18}{reward:>6.2f}  {text!r}")
 
@@ -573,7 +593,7 @@ def examples(truth):
     return found
 
 
-def draw_picture(results, path):
+def draw_picture(plan, results, path):
     """KL(posterior || policy) over scored outputs and over seconds: means over seeds, `brain` in front."""
     import matplotlib.pyplot as plt
 
@@ -581,7 +601,7 @@ def draw_picture(results, path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     start = results["prior"]["kl_posterior"][0]
     colors = dict(zip((*BRAIN, *TRL), plt.get_cmap("tab10").colors))
-    for method, runs in of_test(results).items():
+    for method, runs in of_test(plan, results).items():
         points = list(zip(*(run["points"] for run in runs)))
         mean = [start] + [np.mean([point["kl_posterior"][0] for point in at]) for at in points]
         look = {"color": colors[method], "marker": "o", "ms": 4, "lw": 1.2, "label": method}
@@ -609,7 +629,9 @@ ARRAYS = ("reward", "log_p", "accepted")  # of a Truth
 def open_results(arguments, plan):
     """The results in the directory, or new ones. Refuses those of another comparison."""
     path = arguments.figures / "real.json"
+    chosen = ("checkpoints", "search_outputs", "rates", "seeds", "search_seed")
     settings = {"model": arguments.model, "r_max": R_MAX, "beta": BETA} | dataclasses.asdict(plan)
+    settings = {name: value for name, value in settings.items() if name not in chosen}
     settings = json.loads(json.dumps(settings))  # tuples become lists
     if not path.exists():
         arguments.figures.mkdir(parents=True, exist_ok=True)
@@ -622,26 +644,16 @@ def open_results(arguments, plan):
     return path
 
 
-def load_truth(arguments, plan, policy, reward, data):
-    """{split: [Truth]} from draws.pt, else drawn and kept there."""
-    kept = arguments.figures / "draws.pt"
+def load_truth(arguments, plan, split, examples, reward):
+    """[Truth] of a split from its file of draws, else drawn and kept there."""
+    kept = arguments.figures / f"draws-{split}.pt"
     if kept.exists():
         stored = torch.load(kept, weights_only=True)
-        return {
-            split: [
-                Truth(example, x["outputs"], x["texts"], *(x[name].numpy() for name in ARRAYS))
-                for example, x in zip(data[split], found)
-            ]
-            for split, found in stored.items()
-        }
-    known = {split: draw_truth(policy, reward, data[split], plan, split) for split in ("validation", "test")}
-    stored = {}
-    for split, found in known.items():
-        lines = [{"outputs": x.outputs, "texts": x.texts} for x in found]
-        for line, x in zip(lines, found):
-            line |= {name: torch.from_numpy(getattr(x, name)) for name in ARRAYS}
-        stored[split] = lines
-    torch.save(stored, kept)
+        arrays = [[line[name].numpy() for name in ARRAYS] for line in stored]
+        return [Truth(x, y["outputs"], y["texts"], *some) for x, y, some in zip(examples, stored, arrays)]
+    known = draw_truth(new_policy(arguments, plan, 0), reward, examples, plan, split)
+    stored = [{name: torch.from_numpy(getattr(x, name)) for name in ARRAYS} for x in known]
+    torch.save([line | {"outputs": x.outputs, "texts": x.texts} for line, x in zip(stored, known)], kept)
     return known
 
 
@@ -664,8 +676,10 @@ def execute(arguments, plan):
         ]
         for split, found in prompts.items()
     }
-    policy, reward = new_policy(arguments, plan, 0), brain.RewardFunction(sentiment, "sentiment")
-    known = load_truth(arguments, plan, policy, reward, data)
+    reward, known = brain.RewardFunction(sentiment, "sentiment"), {}
+    for split in ("test", "validation"):
+        if split == "test" or len(plan.rates) > 1:  # the validation topics only choose a learning rate
+            known[split] = load_truth(arguments, plan, split, data[split], reward)
     prior, posterior = references(known["test"])
     truths = {split: describe_truth(truth) for split, truth in known.items()}
     found = {"truth": truths, "prior": prior, "posterior": posterior, "examples": examples(known["test"])}
@@ -682,8 +696,8 @@ def execute(arguments, plan):
     results = read(path)
     print_rates(plan, results)
     print_table(plan, results)
-    print_examples(results)
-    draw_picture(results, arguments.figures / "real.png")
+    print_examples(plan, results)
+    draw_picture(plan, results, arguments.figures / "real.png")
 
 
 def main(argv=None):
@@ -694,10 +708,15 @@ def main(argv=None):
     add("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a chat model (default %(default)s)")
     add("--methods", nargs="+", choices=every, default=every, metavar="METHOD", help=f"of {', '.join(every)}")
     add("--figures", type=Path, default=Path("runs/real"), metavar="DIR", help="of results (%(default)s)")
+    add("--outputs", type=int, nargs="+", metavar="N", help="checkpoints of a run, in scored outputs")
+    add("--rates", type=float, nargs="+", metavar="RATE", help="grid of learning rates; one is taken as it is")
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="of the runs that are reported")
     add("--quick", action="store_true", help="tiny budgets; the numbers mean nothing")
     arguments = parser.parse_args(argv)
     try:
-        execute(arguments, QUICK if arguments.quick else Plan())
+        typed = {"checkpoints": arguments.outputs, "rates": arguments.rates, "seeds": arguments.seeds}
+        typed = {name: tuple(values) for name, values in typed.items() if values}
+        execute(arguments, dataclasses.replace(QUICK if arguments.quick else Plan(), **typed))
         return 0
     except brain.UserError as error:
         print(f"toy.real: {error}", file=sys.stderr)

@@ -195,7 +195,7 @@ def disagreements(bench, tolerance):
     """Prints how far the ways are apart. -> list of those that are further than rounding"""
     policy, shape = bench.policy, bench.shape
     uniform = torch.rand(shape.n, shape.length, dtype=torch.float64).to(bench.device)
-    outputs, own = policy._draw(bench.prompt, uniform)
+    outputs, own = policy._draw([bench.prompt], uniform[None])
     scored = policy.log_prob(bench.prompt, outputs).detach()
     two = bench.shared_log_prob, bench.plain_log_prob
     pairs = {
