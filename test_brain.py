@@ -795,20 +795,6 @@ def test_outputs_do_not_depend_on_the_prompts_drawn_beside_them(family, capsys):
     assert all(map(torch.equal, greedy[1], policy.sample(prompts[1], 1, 5, greedy=True)))
 
 
-def test_a_model_that_ignores_the_mask_is_sampled_prompt_by_prompt(monkeypatch):
-    """Wrong: prompts padded together unseen, whose outputs then follow another distribution."""
-    model = tiny("gpt2", scale=0.2)
-    forward = model.forward
-
-    def deaf(input_ids, past_key_values=None, use_cache=None, logits_to_keep=0, **_):
-        cache = {"past_key_values": past_key_values, "use_cache": use_cache}
-        return forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **cache)
-
-    monkeypatch.setattr(model, "forward", deaf)
-    policy = brain.Policy(model, letters())
-    assert policy.keeps_cache and not policy.pads_prompts
-
-
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mamba", "hybrid"])
 def test_samples_follow_the_plain_softmax(family, prior):
@@ -1222,15 +1208,14 @@ def test_a_reward_function_that_returns_something_else_is_refused(returned):
 def test_a_checkpoint_with_parameters_of_another_model_is_refused(tmp_path):
     """Also on loading by name; buffers of old versions are no parameters. Wrong: another model is trained."""
     tiny().save_pretrained(tmp_path)
-    file, save_file = tmp_path / "model.safetensors", safetensors.torch.save_file
-    saved = safetensors.torch.load_file(file)
-    for name, right in (("transformer.h.0.attn.bias", True), ("transformer.h.0.attn.extra", False)):
-        save_file(saved | {name: torch.ones(2)}, file, {"format": "pt"})
-        if right:
-            brain.load_model(AutoModelForCausalLM, str(tmp_path), "--model")
-            continue
-        with pytest.raises(brain.UserError, match=f"1 parameters do not fit, such as .*{name}"):
-            brain.load_model(AutoModelForCausalLM, str(tmp_path), "--model")
+    file = tmp_path / "model.safetensors"
+    load = functools.partial(brain.load_model, AutoModelForCausalLM, str(tmp_path), "--model")
+    saved = safetensors.torch.load_file(file) | {"transformer.h.0.attn.bias": torch.ones(2)}
+    safetensors.torch.save_file(saved, file, {"format": "pt"})
+    load()
+    safetensors.torch.save_file(saved | {"transformer.extra": torch.ones(2)}, file, {"format": "pt"})
+    with pytest.raises(brain.UserError, match="1 parameters do not fit, such as .*transformer.extra"):
+        load()
 
 
 def test_a_reward_function_is_a_module_of_its_own(tmp_path):
@@ -1380,7 +1365,6 @@ def test_missing_splits_are_held_out_of_train(method, monkeypatch, capsys):
     parts = load(dict(train=several))
     names = [{row["prompt"] for row in part} for part in parts]
     assert list(map(len, names)) == [16, 2, 2] and len(set.union(*names)) == 20
-    assert list(map(len, parts)) == [48, 6, 6]
 
 
 def test_splits_have_names_of_many_kinds(monkeypatch):
@@ -1438,13 +1422,9 @@ def test_what_is_read_is_what_was_written():
     two.backend_tokenizer.post_processor = form
     plain = two("ab", add_special_tokens=False).input_ids
     assert brain.encode(two, "ab") == begin + plain
-    assert brain.encode(byte_pairs(*JOINING), "ab") == byte_pairs(*JOINING)("ab").input_ids
-    call = {"function": {"name": "f", "arguments": {"x": 1, "y": None}}, "id": None}
-    messages = [{"role": "user", "content": "q", "name": None}]
-    messages += [{"role": "assistant", "tool_calls": [call, None]}]
-    bare = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [
-        {"function": {"name": "f", "arguments": {"x": 1}}}, None]}]  # fmt: skip
-    assert brain.without_nulls(messages) == bare
+    call, bare = {"f": {"x": 1, "y": None}, "id": None}, {"f": {"x": 1}}
+    messages = [{"role": "user", "content": "q", "name": None, "tool_calls": [call, None]}]
+    assert brain.without_nulls(messages) == [{"role": "user", "content": "q", "tool_calls": [bare, None]}]
     (example,) = prompts_of([{"prompt": "a", "label": " b<end>"}])
     assert example.gold == " b"
 

@@ -227,6 +227,26 @@ def row_table(bench, repeats, dtype, weighed):
     return ratios
 
 
+def prompts_together(quick):
+    """Sampling 8 outputs of each of 8 prompts of different lengths. -> ratios, as `row_table`"""
+    shape = Shape(layers=12, width=768, heads=12, vocabulary=32_000, n=8, length=16)  # 137M parameters
+    bench = Bench(dataclasses.replace(QUICK, n=2) if quick else shape, kind="Llama")
+    n, length, vocabulary = bench.shape.n, bench.shape.length, bench.shape.vocabulary
+    sizes = range(5, 13) if quick else range(33, 41)
+    prompts = [torch.randint(1, vocabulary, (size,)) for size in sizes]
+    ids, real = bench.brain.pad_right(prompts, "cpu", "left")
+    plain = dict(do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, max_new_tokens=length)
+    ways = {
+        "together": lambda: bench.policy.sample_together(prompts, n, length),
+        "prompt by prompt": lambda: [bench.policy.sample(prompt, n, length) for prompt in prompts],
+        "generate on the padded batch": torch.no_grad()(
+            lambda: bench.model.generate(ids, attention_mask=real.long(), num_return_sequences=n, **plain)
+        ),
+    }
+    ours, *others = take_turns(ways, 1 if quick else 3, "cpu").values()
+    return {f"sampling 8 prompts, against {way}": other / ours for way, other in zip(list(ways)[1:], others)}
+
+
 def more_rows(quick):
     """Sampling from other kinds of models, and what threads cost a tiny one. -> ratios, as `row_table`"""
     ratios = {}
@@ -235,6 +255,7 @@ def more_rows(quick):
         ways = Bench(shape, kind=kind).ways()["sampling"]
         ours, usual = take_turns(ways, 1 if quick else 3, "cpu").values()
         ratios[f"sampling from a {kind}"] = usual / ours
+    ratios |= prompts_together(quick)
     tiny, seconds = Bench(QUICK), []
     for threads in (1, os.cpu_count()):
         torch.set_num_threads(threads)
