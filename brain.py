@@ -1331,6 +1331,8 @@ def read_dataset(s):
 
     datasets.disable_progress_bars()
     path, files = Path(s.dataset).absolute(), None
+    # `datasets` would take these as patterns of other names.
+    refuse_if(re.search(r"[][*?]", str(path)), f"--dataset {s.dataset}: rename it, without [, ], * and ?")
     with library_errors("--dataset", s.dataset):
         if path.is_file():
             path, files = path.parent, {"train": path.name}
@@ -1495,8 +1497,8 @@ class Run:
         # What stored samples belong to. A resumed run must find the same.
         known = [(split, x.row, x.ids.tolist(), x.gold) for split, some in data.items() for x in some]
         digest = hashlib.sha256(repr(known).encode()).hexdigest()
-        before = json.loads((self.path / "config.json").read_text())["data"] if settings.resume else digest
-        refuse_if(before != digest, "--resume: the prompts have changed since the run began; restore them")
+        before = json.loads((self.path / "config.json").read_text()) if settings.resume else {}
+        refuse_if(before.get("data", digest) != digest, "--resume: the prompts have changed; restore them")
         if settings.overwrite:
             shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
             shutil.rmtree(self.path / "model", ignore_errors=True)
@@ -1830,7 +1832,7 @@ def load_model_and_reward(s):
         base = s.base_model or json.loads(Path(adapter).read_text())["base_model_name_or_path"]
         refuse_if(not base, f"--base-model: missing; the adapter {s.model} does not name its base")
     dtype = getattr(torch, s.dtype)
-    with library_errors("--model", base):
+    with library_errors("--base-model" if adapter else "--model", base):
         context = context_of(transformers.AutoConfig.from_pretrained(base, trust_remote_code=False))
     refuse_if(s.max_new_tokens >= context, f"--max-new-tokens: leaves no room in a context of {context}")
     tokenizer = load_tokenizer(s.model, s.tokenizer or base, "--model")
@@ -1896,14 +1898,13 @@ def main(argv=None):
     logging.disable(logging.ERROR)  # of other libraries. `load_model` refuses what matters in their warnings.
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other's future
-    settings = Settings()
+    s = Settings()
     try:
-        settings = parse(sys.argv[1:] if argv is None else list(map(str, argv)))
-        execute(settings)
+        s = parse(sys.argv[1:] if argv is None else list(map(str, argv)))
+        execute(s)
         return 0
     except KeyboardInterrupt:
-        where = settings.output_dir or "DIRECTORY"
-        print(f"brain: interrupted; --resume --output-dir {where} continues a run", file=sys.stderr)
+        print(f"brain: interrupted; to go on: --resume --output-dir {s.output_dir or 'RUN'}", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"brain: {error}", file=sys.stderr)

@@ -571,8 +571,7 @@ def test_mean_evidence():
     """Means over prompts, and standard errors, for the run's goodness and beta. Wrong: the bounds exchanged;
     log p and log q' swapped; ddof 0; a deviation for an error; nan as the error of one prompt."""
     s, data, policy = loop_settings(goodness="logistic", beta=0.5), loop_data(), loop_policy()
-    generators = [brain.seeded(i) for i in (1, 4, 6)]
-    drawn = brain.collect(policy, loop_reward, [data[i] for i in (1, 4, 6)], s, "policy", generators)
+    drawn = brain.collect(policy, loop_reward, data[1:7:2], s, "policy", [brain.seeded(i) for i in range(3)])
     good = [goodness_by_hand(x.reward, "logistic", 0.5) for x in drawn]
     weights = [(x.log_p - x.log_q_proposal).exp().numpy() * g for x, g in zip(drawn, good)]
     elbos, evidences = [np.log(w).mean() for w in weights], [np.log(w.mean()) for w in weights]
@@ -1420,8 +1419,7 @@ def test_what_is_read_is_what_was_written():
     tokens = list(zip(["[gMASK]", "<sop>"], begin))
     form = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=tokens)
     two.backend_tokenizer.post_processor = form
-    plain = two("ab", add_special_tokens=False).input_ids
-    assert brain.encode(two, "ab") == begin + plain
+    assert brain.encode(two, "ab") == begin + two("ab", add_special_tokens=False).input_ids
     call, bare = {"f": {"x": 1, "y": None}, "id": None}, {"f": {"x": 1}}
     messages = [{"role": "user", "content": "q", "name": None, "tool_calls": [call, None]}]
     assert brain.without_nulls(messages) == [{"role": "user", "content": "q", "tool_calls": [bare, None]}]
@@ -1789,7 +1787,7 @@ def test_an_interrupt_ends_a_run_in_one_line(small_toy, monkeypatch, tmp_path, c
     with monkeypatch.context() as patch:
         patch.setattr(brain, "update", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert brain.main([*SHORT, "--output-dir", tmp_path / "run"]) == 130
-    told = f"brain: interrupted; --resume --output-dir {tmp_path}/run continues a run\n"
+    told = f"brain: interrupted; to go on: --resume --output-dir {tmp_path}/run\n"
     assert capsys.readouterr().err.endswith(told)
     assert brain.main(["--resume", "--output-dir", tmp_path / "run"]) == 0
 
@@ -2206,7 +2204,7 @@ REFUSED = [  # arguments, then what the one line on stderr must name
     *each("reward_model", {"model": "score.", "evil-reward": "", "evil.bin": "--reward-base"}, **BY_MODEL),
     *each("reward_model", {"evil.bin": ""}, **BY_MODEL, reward_base="model"),
     *each("dataset", {"no.jsonl": "no such file", "no.json": "no such file", "empty": "", "broken.jsonl": "",
-                      "latin.jsonl": "utf-8", "one.jsonl": "has 1 prompts; it takes 3"}),
+                      "latin.jsonl": "utf-8", "one.jsonl": "it takes 3", "set[12].jsonl": "rename it"}),
     *each("dataset", {"long.jsonl": "every prompt of train is empty or too long"}, max_prompt_tokens=500),
     *[row for both in (None, True) for row in each(
         "output_dir", {"run": "--resume or --overwrite"}, resume=both, overwrite=both)],
@@ -2494,7 +2492,7 @@ def test_the_default_run_lands_on_the_posterior(tmp_path, monkeypatch, capsys):
     assert 0.02 < error < 0.2 and abs(estimate - elbo) < 2 * error and abs(bound - evidence) < 2 * error
     assert abs(gap - distance) < error and distance == pytest.approx(evidence - elbo, abs=2e-3)
     (run,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"brain-\d{8}-\d{6}", run.name) and len(list(tmp_path.iterdir())) == 1
+    assert re.fullmatch(r"brain-\d{8}-\d{6}-\d+", run.name) and len(list(tmp_path.iterdir())) == 1
     assert {path.name for path in run.iterdir()} == FINISHED | {"toy.png"}
     world = toy_world.Toy()
     log_q = world.world.log_probs(AutoModelForCausalLM.from_pretrained(run / "model"))
