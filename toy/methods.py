@@ -148,7 +148,8 @@ def train_online(method, policy, reward, data, settings):
         rows = brain.random_subset(len(data), settings.prompts_per_iteration, settings.seed, brain.PROMPTS, t)
         generators = [brain.seeded(settings.seed, brain.OUTPUTS, t, row) for row in rows]
         drawn = []
-        for samples in brain.collect(policy, reward, [data[i] for i in rows], settings, "policy", generators, t):
+        examples = [data[i] for i in rows]
+        for samples in brain.collect(policy, reward, examples, settings, "policy", generators, t):
             with torch.no_grad():
                 scored = [token_log_probs(model, samples)[0] for model in (policy.model, policy.prior_model)]
             drawn.append((samples, *scored))

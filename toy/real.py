@@ -384,9 +384,12 @@ def settings_of(plan, method, rate, seed, outputs=None):
 def new_policy(arguments, plan, seed):
     """A policy whose adapter is on the value projections of the upper half of the layers.
 
-    At the start of training that is where the gradient stands out of its noise (see the README). The adapter
-    of a model given to `Policy` belongs to the prior, and the policy's is a copy of it. Here it is new, so it
-    changes nothing, and the prior is the model itself.
+    There the gradient stands out of its noise. Over 33 prompts with 16 draws of p, the squared mean of a
+    prompt's gradient over its variance was 0.02 for the value projections of layers 15 to 24, below 0.01 in
+    layers 0 to 9, and 0.003 for all query projections.
+
+    The adapter of a model that is given to `Policy` belongs to the prior, and the policy's is a copy of it.
+    Here it is new and changes nothing, so the prior is the model itself.
     """
     import peft
 
@@ -709,7 +712,7 @@ def main(argv=None):
     add("--methods", nargs="+", choices=every, default=every, metavar="METHOD", help=f"of {', '.join(every)}")
     add("--figures", type=Path, default=Path("runs/real"), metavar="DIR", help="of results (%(default)s)")
     add("--outputs", type=int, nargs="+", metavar="N", help="checkpoints of a run, in scored outputs")
-    add("--rates", type=float, nargs="+", metavar="RATE", help="grid of learning rates; one is taken as it is")
+    add("--rates", type=float, nargs="+", metavar="RATE", help="a grid; a single one is taken as it is")
     add("--seeds", type=int, nargs="+", metavar="SEED", help="of the runs that are reported")
     add("--quick", action="store_true", help="tiny budgets; the numbers mean nothing")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""toy/real.py: its estimates of the truth are those of an enumerated world, and its table is what was measured."""
+"""toy/real.py: it estimates the truth of an enumerated world, and its table is what was measured."""
 
 import dataclasses
 import importlib.util
@@ -20,8 +20,8 @@ from toy.world import Toy, chance_to_win, kl, posterior
 # ------------------------------------------------------------------------------- against enumeration
 @pytest.fixture(scope="module")
 def known():
-    """A world in which all is known, and the Truth of its prompts from 6,000 draws of each: (toy, log g, truths,
-    examples). Rewards are moved and scaled so that the largest one of a prompt is R_MAX."""
+    """A world in which all is known: (toy, rewards, log g, the Truth of its prompts from 6,000 draws each).
+    Rewards are moved and scaled so that the largest one of a prompt is R_MAX."""
     toy = Toy(3, letters=3, length=3, prompts=6, spread=2.0)
     reward = R_MAX + BETA * (toy.world.reward - toy.world.reward.max(-1, keepdims=True))
     random, truths = np.random.default_rng(0), []
@@ -47,7 +47,7 @@ def test_truth_is_that_of_an_enumerated_world(known):
         assert abs(truth.accepted.mean() - z) < 4 * np.sqrt(z * (1 - z) / 6000)
         divergence, mean = kl(exact[x], toy.log_p[x]), (np.exp(exact[x]) * reward[x]).sum()
         apart = np.exp(exact[x]) * (reward[x] - mean) ** 2
-        # A weighted mean has the variance E_p[(weight (r - mean))^2] / N; one of accepted draws, the usual one.
+        # A weighted mean has the variance E_p[(weight (r - mean))^2] / N, one of accepted draws the usual.
         errors = {"weighting": (apart * np.exp(log_good[x]) / z).sum() / 6000}
         errors |= {"rejection": apart.sum() / truth.accepted.sum()}
         for way, variance in errors.items():
@@ -61,7 +61,7 @@ def test_truth_is_that_of_an_enumerated_world(known):
 
 @dataclasses.dataclass
 class Known:
-    """A policy whose log-probabilities are a table, so that no network stands between the two computations."""
+    """A policy whose log-probabilities are a table: no network stands between the two computations."""
 
     toy: Toy
     log_q: np.ndarray  # (X, Y)
@@ -90,8 +90,7 @@ def test_distance_of_a_policy_is_that_of_an_enumerated_world(known):
 
 
 def test_resampled_draws_stand_for_the_weighted_ones(known):
-    """Catches: draws resampled without their weights, which here moves the mean by 0.1 and more. A step of the
-    4,000 can move it by little."""
+    """Catches: draws resampled without their weights, which here moves the mean by 0.1 and more."""
     for truth in known[3]:
         picked = truth.resampled(4000)
         assert truth.reward[picked].mean() == pytest.approx(truth.mean(truth.reward, "weighting"), abs=0.01)
@@ -99,7 +98,7 @@ def test_resampled_draws_stand_for_the_weighted_ones(known):
 
 
 def test_own_numbers_are_those_of_an_enumerated_world(known):
-    """Catches: elbo without beta, KL(it || posterior) from the wrong normaliser, a win-rate against itself."""
+    """Catches: elbo without beta, KL(it || posterior) from the wrong normaliser, ties that rounding loses."""
     toy, reward, log_good, truths = known
     policy = brain.Policy(toy.model, toy.tokenizer)
     log_q = toy.log_p  # untrained
@@ -119,7 +118,8 @@ def test_own_numbers_are_those_of_an_enumerated_world(known):
         "win_rate": 100 * chance_to_win(log_q, toy.log_p, reward),
     }
     spread = np.sqrt((np.exp(log_q) * (log_good - exact["elbo"][:, None]) ** 2).sum(-1).mean() / (400 * 6))
-    allowed = {"elbo": 4 * spread, "kl_back": 4 * spread, "reward": 4 * spread * BETA, "kl_to_prior": 1e-4, "win_rate": 5}
+    allowed = {"elbo": 4 * spread, "kl_back": 4 * spread, "reward": 4 * spread * BETA}
+    allowed |= {"kl_to_prior": 1e-4, "win_rate": 5}
     for name, values in exact.items():
         assert abs(numbers[name][0] - values.mean()) < allowed[name], name
     assert 0 < numbers["gap"][0] < numbers["kl_back"][0] + 4 * spread  # a lower bound
@@ -145,8 +145,10 @@ def test_held_out_topics_are_not_trained_on():
     """Catches: prompts held out, but their topics trained on in another form."""
     prompts = real.prompts_of(real.Plan())
     assert [len(prompts[split]) for split in ("train", "validation", "test")] == [240, 8, 16]
-    topics = {split: {t for t in real.TOPICS if any(t in p[0]["content"] for p in found)} for split, found in prompts.items()}
-    assert not topics["train"] & topics["validation"] and not (topics["train"] | topics["validation"]) & topics["test"]
+    topics = []
+    for found in prompts.values():
+        topics.append({topic for topic in real.TOPICS if any(topic in x[0]["content"] for x in found)})
+    assert sum(map(len, topics)) == len(set.union(*topics)) == 72
 
 
 # ------------------------------------------------------------------------------- the whole, small
@@ -164,7 +166,8 @@ class StandIn:
         assert kind is transformers.PrinterCallback
 
     def train(self):
-        optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], self.args.learning_rate)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, self.args.learning_rate)
         state = types.SimpleNamespace(global_step=0)
         self.callbacks[0].on_train_begin()
         for step in range(self.args.max_steps):
@@ -182,14 +185,15 @@ class StandIn:
 def packages(monkeypatch):
     """vaderSentiment and trl, or a stand-in for the one that is not installed."""
     if importlib.util.find_spec("vaderSentiment") is None:
-        scores = types.SimpleNamespace(polarity_scores=lambda text: {"compound": np.tanh(text.count("e") - 1.0)})
+        score = lambda text: {"compound": np.tanh(text.count("e") - 1.0)}  # noqa: E731
+        scores = types.SimpleNamespace(polarity_scores=score)
         inner = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: scores)
         monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace(vaderSentiment=inner))
         monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", inner)
         monkeypatch.delattr(real.analyzer, "made", raising=False)
     if importlib.util.find_spec("trl") is None:
         kinds = {name: StandIn for name in ("RLOOTrainer", "GRPOTrainer")}
-        kinds |= {name: lambda **options: types.SimpleNamespace(**options) for name in ("RLOOConfig", "GRPOConfig")}
+        kinds |= {name: types.SimpleNamespace for name in ("RLOOConfig", "GRPOConfig")}
         monkeypatch.setitem(sys.modules, "trl", types.SimpleNamespace(**kinds))
 
 
@@ -204,10 +208,11 @@ def model(tmp_path_factory):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<end>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
     words.decoder = tokenizers.decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
+    ends = dict(eos_token="<end>", pad_token="<end>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **ends)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     torch.manual_seed(0)
-    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     config = transformers.LlamaConfig(vocab_size=len(vocab), eos_token_id=0, initializer_range=0.5, **size)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -241,7 +246,8 @@ def test_the_whole_comparison_is_what_was_measured(packages, model, tmp_path, ca
             assert float(cell) == pytest.approx(mean, abs=0.0006, nan_ok=True), (method, name)
     stored = torch.load(tmp_path / "draws-test.pt", weights_only=True)
     good = [np.exp((x["reward"].numpy() - R_MAX) / BETA) for x in stored]
-    assert found["truth"]["test"]["acceptance_weighting"][0] == pytest.approx(np.mean([x.mean() for x in good]))
+    acceptance = np.mean([x.mean() for x in good])
+    assert found["truth"]["test"]["acceptance_weighting"][0] == pytest.approx(acceptance)
     by_hand = [(g / g.sum() * np.log(g)).sum() - np.log(g.mean()) for g in good]
     assert found["prior"]["kl_posterior"][0] == pytest.approx(np.mean(by_hand))
     assert found["posterior"]["kl_to_prior"][0] == pytest.approx(np.mean(by_hand))
@@ -255,7 +261,8 @@ def test_the_whole_comparison_is_what_was_measured(packages, model, tmp_path, ca
 def test_prior_and_trained_policy_are_told_apart(packages, model, tmp_path):
     """Catches: a trainer's adapter that never reaches the policy that is measured, or reaches it at the wrong
     checkpoint: the copy must give the trainer's own log-probabilities."""
-    arguments = types.SimpleNamespace(model=model, tokenizer=transformers.AutoTokenizer.from_pretrained(model))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    arguments = types.SimpleNamespace(model=model, tokenizer=tokenizer)
     source, target = (real.new_policy(arguments, QUICK, seed) for seed in (0, 1))
     for parameter in source.parameters().values():
         parameter.data.normal_()
