@@ -34,6 +34,7 @@ evaluation.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -638,13 +639,21 @@ def open_results(arguments, plan):
     settings = json.loads(json.dumps(settings))  # tuples become lists
     if not path.exists():
         arguments.figures.mkdir(parents=True, exist_ok=True)
-        versions = {x: importlib.metadata.version(x) for x in ("torch", "transformers", "peft", "numpy")}
-        write(path, {"settings": settings, "versions": versions, "truth": {}, "runs": []})
+        write(path, {"settings": settings, "versions": {}, "truth": {}, "runs": []})
     found = read(path)["settings"]
     odd = [name for name in settings if found.get(name) != settings[name]]
     message = f"--figures {arguments.figures}: has a comparison with another {', '.join(odd)}"
     brain.refuse_if(odd, f"{message}; name another directory")
     return path
+
+
+def versions():
+    """{package: version} of what numbers depend on and is installed."""
+    found = {}
+    for name in ("torch", "transformers", "peft", "numpy", "trl", "vaderSentiment"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def load_truth(arguments, plan, split, examples, reward):
@@ -660,13 +669,18 @@ def load_truth(arguments, plan, split, examples, reward):
     return known
 
 
-def execute(arguments, plan):
-    needed = ["vaderSentiment"] + ["trl"] * bool({*arguments.methods} & {*TRL})
+def check_packages(methods):
+    """UserError says what to install."""
+    needed = ["vaderSentiment", "trl"] if {*methods} & {*TRL} else ["vaderSentiment"]
     for name in needed:
         try:
             importlib.import_module(name)
         except ImportError:
             raise brain.UserError(f"needs a package: pip install {' '.join(needed)}") from None
+
+
+def execute(arguments, plan):
+    check_packages(arguments.methods)
     with brain.library_errors("--model", arguments.model):
         arguments.tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     brain.refuse_if(not arguments.tokenizer.chat_template, f"--model {arguments.model}: has no chat template")
@@ -686,6 +700,7 @@ def execute(arguments, plan):
     prior, posterior = references(known["test"])
     truths = {split: describe_truth(truth) for split, truth in known.items()}
     found = {"truth": truths, "prior": prior, "posterior": posterior, "examples": examples(known["test"])}
+    found["versions"] = read(path)["versions"] | versions()
     write(path, read(path) | found)
     print_truth(truths)
 

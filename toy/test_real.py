@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 import types
 
@@ -183,14 +184,15 @@ class StandIn:
 
 @pytest.fixture
 def packages(monkeypatch):
-    """vaderSentiment and trl, or a stand-in for the one that is not installed."""
-    if importlib.util.find_spec("vaderSentiment") is None:
-        score = lambda text: {"compound": np.tanh(text.count("e") - 1.0)}  # noqa: E731
-        scores = types.SimpleNamespace(polarity_scores=score)
-        inner = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: scores)
-        monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace(vaderSentiment=inner))
-        monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", inner)
-        monkeypatch.delattr(real.analyzer, "made", raising=False)
+    """A stand-in for vaderSentiment, which finds no word in random letters, and for trl where it is missing.
+    """
+    score = lambda text: {"compound": math.cos(sum(map(ord, text)))}  # noqa: E731
+    inner = types.SimpleNamespace(
+        SentimentIntensityAnalyzer=lambda: types.SimpleNamespace(polarity_scores=score)
+    )
+    monkeypatch.setitem(sys.modules, "vaderSentiment", types.SimpleNamespace(vaderSentiment=inner))
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", inner)
+    monkeypatch.delattr(real.analyzer, "made", raising=False)
     if importlib.util.find_spec("trl") is None:
         kinds = {name: StandIn for name in ("RLOOTrainer", "GRPOTrainer")}
         kinds |= {name: types.SimpleNamespace for name in ("RLOOConfig", "GRPOConfig")}
@@ -213,7 +215,7 @@ def model(tmp_path_factory):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     torch.manual_seed(0)
     size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    config = transformers.LlamaConfig(vocab_size=len(vocab), eos_token_id=0, initializer_range=0.5, **size)
+    config = transformers.LlamaConfig(vocab_size=len(vocab), eos_token_id=0, initializer_range=0.2, **size)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -224,8 +226,8 @@ def run(model, folder, *more):
 
 
 def test_the_whole_comparison_is_what_was_measured(packages, model, tmp_path, capsys, monkeypatch):
-    """Catches: a table of other runs, another seed's mean, a rate that is not the best one, validation numbers
-    in the table of the test topics, a finished run that is run again."""
+    """Catches: a table of other runs, another seed's mean, a rate that is not the best one, numbers of
+    validation topics in the table of the test topics, a finished run that is run again."""
     methods = ["brain", "rso", "trl-rloo", "trl-grpo-unscaled"]
     assert run(model, tmp_path, "--methods", *methods) == 0
     printed = capsys.readouterr().out
@@ -236,6 +238,7 @@ def test_the_whole_comparison_is_what_was_measured(packages, model, tmp_path, ca
     table = printed[printed.index("Test topics") :].splitlines()
     for method in methods:
         search = [run for run in runs if run["method"] == method and run["split"] == "validation"]
+        assert len({run["points"][-1]["kl_posterior"][0] for run in search}) == len(QUICK.rates)
         best = min(search, key=lambda run: run["points"][-1]["kl_posterior"][0])["rate"]
         final = [run for run in runs if run["method"] == method and run["split"] == "test"]
         assert [(run["rate"], run["seed"]) for run in final] == [(best, seed) for seed in QUICK.seeds]
