@@ -1538,18 +1538,18 @@ class Run:
         checkpoint."""
         if any(samples.iteration == t for samples in self.buffer):
             return [samples for samples in self.buffer if samples.iteration == t]
-        groups = in_groups(rows, self.settings.prompts_per_forward)
-        drawn = sum(map(draw, tqdm(groups, desc=f"round {t}, sampling", leave=False)), [])
-        for samples in drawn:
+        bar = tqdm(in_groups(rows, self.settings.prompts_per_forward), f"round {t}, sampling", leave=False)
+        drawn = []
+        for samples in (x for group in bar for x in draw(group)):  # each is written when it is drawn
             texts = {"output": samples.texts, "output_ids": [ids.tolist() for ids in samples.outputs]}
             columns = texts | {name: getattr(samples, name).tolist() for name in CACHED}
             line = {"iteration": t, "row": samples.example.row, "prompt": samples.example.prompt}
             self.write("samples.jsonl", [line | dict(zip(columns, x)) for x in zip(*columns.values())])
+            drawn.append(samples)
         self.buffer += drawn
-        step = (t - 1) * self.k
         if METHODS[self.settings.method].source in ("policy", "prior"):
-            self.log({"step": step, "iteration": t} | mean_evidence(drawn, self.settings))
-        self.save_checkpoint(step)
+            self.log({"step": (t - 1) * self.k, "iteration": t} | mean_evidence(drawn, self.settings))
+        self.save_checkpoint((t - 1) * self.k)
         return drawn
 
     def steps(self, t):
