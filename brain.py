@@ -95,6 +95,7 @@ import time
 import warnings
 from pathlib import Path
 
+import filelock
 import numpy as np
 import safetensors.torch
 import torch
@@ -102,7 +103,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 # ==========================================================================================
 # Part I: the method
@@ -566,12 +567,10 @@ def mean_evidence(drawn, settings):
 
     The errors include the spread between prompts. elbo and log_evidence share it, so it cancels in their gap.
     """
+    log_good = functools.partial(log_goodness, model=settings.goodness, beta=settings.beta)
     metrics = {}
     for name, bound in {"elbo": elbo, "log_evidence": log_evidence}.items():
-        values = []
-        for samples in drawn:
-            log_good = log_goodness(samples.reward, settings.goodness, settings.beta)
-            values.append(bound(samples.log_p, samples.log_q_proposal, log_good).item())
+        values = [bound(x.log_p, x.log_q_proposal, log_good(x.reward)).item() for x in drawn]
         metrics[name], metrics[f"{name}_standard_error"] = mean_and_error(values)
     return metrics
 
@@ -629,8 +628,6 @@ class Policy:
 
     def __init__(self, model, tokenizer, lora_rank=0, lora_alpha=32, outputs_per_forward=None):
         self.model, self.tokenizer = model.eval(), tokenizer
-        for layer in model.modules():  # bitsandbytes' fast kernel for 4 bits on a CPU has no gradient
-            layer.support_avx512bf16_for_cpu = False
         self.outputs_per_forward = outputs_per_forward
         has_adapter = hasattr(model, "peft_config")
         refuse_if(has_adapter and not lora_rank, "--lora-rank 0: --model is an adapter; merge it first")
@@ -671,7 +668,6 @@ class Policy:
 
         self.prior_adapter = self.model.active_adapter
         config = copy.deepcopy(self.model.peft_config[self.prior_adapter])
-        config.inference_mode, config.lora_dropout = False, 0.0
         config.base_model_name_or_path = self.model.name_or_path
         self.model.add_adapter("policy", config)
         peft.set_peft_model_state_dict(self.model, adapter_tensors(self.model, self.prior_adapter), "policy")
@@ -896,14 +892,9 @@ class Policy:
                 break
         if not self.pads_prompts:
             print(f"brain: {self.name} misreads padding or has no cache; it samples slowly", file=sys.stderr)
-        # This cache is the model's own, because shares_prompt is still False.
-        _, cache = self._forward(self.model, prompt[None].to(self.device), 1, use_cache=self.keeps_cache)
-        # Only keys and values can be shared, not recurrent states. A DummyLayer has none of its own: it reads
-        # the keys and values of another layer. Sharing is tried, and kept if the numbers agree.
-        kinds = {type(layer) for layer in getattr(cache, "layers", [])}
-        if type(cache) is DynamicCache and kinds <= {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}:
-            self.shares_prompt = True
-            self.shares_prompt = self._cache_works(prompt, outputs, before)
+        # Keys and values can be shared, recurrent states cannot. It is tried, and kept if the numbers agree.
+        self.shares_prompt = self.keeps_cache
+        self.shares_prompt = self.keeps_cache and self._cache_works(prompt, outputs, before)
 
     def _cache_works(self, prompt, outputs, before):
         """Whether the sampler's log-probabilities agree with `log_prob`, and `log_prob` with plain
@@ -991,30 +982,33 @@ def find(name, *files):
                 return path
 
 
-def load_model(kind, name, flag_name, **arguments):
-    """kind.from_pretrained(name), without remote code. A checkpoint that lacks parameters is refused, because
-    transformers would fill them with random numbers."""
-    source = None if "state_dict" in arguments else name
+def load_model(kind, name, flag_name, trust_remote_code=False, **options):
+    """kind.from_pretrained(name). A checkpoint that lacks parameters is refused, because transformers would
+    fill them with random numbers. So is one that brings code of its own that is not trusted, because
+    transformers would take its own class instead, if it has one of the same name."""
+    config = find(name, "config.json")
+    own = config and "auto_map" in json.loads(Path(config).read_text())
+    refuse_if(own and not trust_remote_code, f"{flag_name} {name}: brings code; --trust-remote-code runs it")
+    source = None if "state_dict" in options else name
     # Parameters of another size are listed in `info`, and refused below.
-    options = {"output_loading_info": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with library_errors(flag_name, name):
-        model, info = kind.from_pretrained(source, **options, **arguments)
-    problems = ("missing_keys", "mismatched_keys", "unexpected_keys")
+        model, info = kind.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     # Buffers that old versions of transformers saved are no parameters.
     old = r"\.attn\.(masked_)?bias$|\.(inv_freq|position_ids)$"
-    wrong = [x for problem in problems for x in sorted(map(str, info[problem])) if not re.search(old, x)]
+    wrong = [x for names in info.values() for x in sorted(map(str, names)) if not re.search(old, x)]
     refuse_if(wrong, f"{flag_name} {name}: {len(wrong)} parameters do not fit, such as {wrong[:1]}")
     return model
 
 
-def load_tokenizer(name, fallback, flag_name):
+def load_tokenizer(name, fallback, flag_name, trusted=False):
     """The tokenizer of a model, or that of `fallback` where the model comes without one, as fine-tunes of
     GPT-J often do."""
     files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json")
     place = name if fallback is None or find(name, *files) else fallback
     refuse_if(not find(place, *files), f"{flag_name} {place}: has no tokenizer; name one with --tokenizer")
     with library_errors(flag_name, place):
-        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trusted)
 
 
 def encode(tokenizer, text):
@@ -1086,14 +1080,16 @@ class RewardModel:
             model.config.get_text_config().pad_token_id = None
 
     @classmethod
-    def from_pretrained(cls, name, base=None, template=None, tokenizer=None, label=None, dtype=torch.float32):
+    def from_pretrained(cls, name, base=None, template=None, tokenizer=None, label=None, **options):
         """From a directory or hub name, or from a bare checkpoint: one file of parameters, which takes config
         and tokenizer from `base`.
 
-        `tokenizer` is the policy's. It is also used where the reward model has none. The model is on the CPU;
-        `model.to` moves it. UserError says what is wrong.
+        `tokenizer` is the policy's. It is also used where the reward model has none. `options` are dtype, by
+        default float32, and trust_remote_code. The model is on the CPU; `model.to` moves it. UserError says
+        what is wrong.
         """
         kind, source, flag_name = transformers.AutoModelForSequenceClassification, name, "--reward-model"
+        options = {"dtype": torch.float32, "trust_remote_code": False} | options
         bare = name if Path(name).is_file() else None
         if not bare and not find(name, "config.json", "adapter_config.json"):
             bare = find(name, "pytorch_model.bin", "hf_ckpt.pt")
@@ -1106,27 +1102,30 @@ class RewardModel:
             with library_errors("--reward-model", bare):
                 saved = torch.load(bare, map_location="cpu", weights_only=True)  # a pickle may run code
             saved = {re.sub(r"^v_head\.", "score.", name): tensor for name, tensor in saved.items()}
-            model = load_model(kind, bare, "--reward-model", config=config, state_dict=saved, dtype=dtype)
+            model = load_model(kind, bare, "--reward-model", config=config, state_dict=saved, **options)
         else:
-            model = load_model(kind, name, flag_name, dtype=dtype)
+            model = load_model(kind, name, flag_name, **options)
             source = name if find(name, "tokenizer_config.json") else model.name_or_path  # an adapter's base
-        found = load_tokenizer(source, tokenizer and tokenizer.name_or_path, flag_name)
-        return cls(model, found, template, label, tokenizer)
+        names = source, tokenizer and tokenizer.name_or_path, flag_name
+        return cls(model, load_tokenizer(*names, options["trust_remote_code"]), template, label, tokenizer)
 
-    def ids(self, prompt, output, columns=None):
-        """Token ids of what the reward model reads for one output."""
+    def read(self, prompt, output, columns=None):
+        """What the reward model reads for one output: input_ids (1, T), and what else its tokenizer gives."""
         tools = (columns or {}).get("tools")
-        if isinstance(prompt, str):
+        if self.is_encoder and isinstance(prompt, str) and not self.template:
+            return self.tokenizer(prompt, output, return_tensors="pt")  # a pair of segments
+        if isinstance(prompt, str) or self.template:
+            if not isinstance(prompt, str):
+                prompt = chat(self.policy_tokenizer, prompt, "--model", tools)
             text = fill(self.template or "{prompt}{output}", prompt, output)
-        elif self.template:
-            text = fill(self.template, chat(self.policy_tokenizer, prompt, "--model", tools), output)
         else:
             if prompt[-1]["role"] == "assistant":  # a prefill and the output are one message
                 prompt, output = prompt[:-1], prompt[-1]["content"] + output
             messages = prompt + [{"role": "assistant", "content": output}]
             text = chat(self.tokenizer, messages, "--reward-model", tools, reply=True)
-        # An encoder keeps the special tokens around a text.
-        return self.tokenizer(text).input_ids if self.is_encoder else encode(self.tokenizer, text)
+        if self.is_encoder:
+            return self.tokenizer(text, return_tensors="pt")  # with the special tokens around a text
+        return transformers.BatchEncoding({"input_ids": torch.tensor([encode(self.tokenizer, text)])})
 
     def fits(self, example, max_new_tokens):
         """Whether the outputs and the gold answer of an Example fit the context of this model.
@@ -1135,18 +1134,19 @@ class RewardModel:
         This model reads the text of an output, which may have more tokens here, so there is room for twice as
         many.
         """
-        used = len(self.ids(example.prompt, " a", example.columns)) - 1  # with an output of one token, " a"
-        gold = len(self.ids(example.prompt, example.gold or "", example.columns))
-        return max(used + 2 * max_new_tokens, gold) <= self.context
+        inputs = [self.read(example.prompt, x, example.columns) for x in (" a", example.gold or "")]
+        used, gold = (x.input_ids.shape[1] for x in inputs)  # " a" is an output of one token
+        return max(used - 1 + 2 * max_new_tokens, gold) <= self.context
 
     @torch.no_grad()
     def __call__(self, prompt, outputs, columns=None):
         """Rewards of n texts for one prompt. -> (n,) float32"""
         logits = []
         for output in outputs:
-            ids = self.ids(prompt, output, columns)
-            refuse_if(not 0 < len(ids) <= self.context, f"--reward-model: cannot read {len(ids)} tokens")
-            logits.append(self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits)
+            inputs = self.read(prompt, output, columns).to(self.model.device)
+            size = inputs.input_ids.shape[1]
+            refuse_if(not 0 < size <= self.context, f"--reward-model: cannot read {size} tokens")
+            logits.append(self.model(**inputs).logits)
         logits = torch.cat(logits).float().cpu()  # (n, labels)
         rewards = logits[:, self.label or 0]
         if self.label is not None and self.model.config.problem_type != "multi_label_classification":
@@ -1189,6 +1189,12 @@ class RewardFunction:
         refuse_if(not callable(function), f"--reward-function {spec}: {path} has no function {name}")
         return cls(function, spec)
 
+    def fits(self, example, max_new_tokens):
+        """True. UserError if the function has arguments that are not passed here, or lacks **kwargs."""
+        passed = example.columns | {"prompts": None, "completions": None}
+        with library_errors(self.name, f"gets {', '.join(passed)}; **kwargs takes what it does not need"):
+            return bool(inspect.signature(self.function).bind(**passed))
+
     def __call__(self, prompt, outputs, columns=None):
         """Rewards of n texts for one prompt; the row's columns go along, each repeated n times. -> (n,)
         float64"""
@@ -1197,7 +1203,10 @@ class RewardFunction:
             outputs = [[{"role": "assistant", "content": output}] for output in outputs]
         arguments = {name: [value] * n for name, value in (columns or {}).items()}
         arguments |= {"prompts": [prompt] * n, "completions": list(outputs)}
-        returned = self.function(**arguments)
+        try:
+            returned = self.function(**arguments)
+        except OSError as error:  # `main` takes one for a full disk, and would hide where it was raised
+            raise RuntimeError(self.name) from error
         rewards = []
         with contextlib.suppress(TypeError, ValueError):  # None, nested lists, a coroutine
             rewards = list(map(float, () if isinstance(returned, (str, dict)) else returned))
@@ -1234,7 +1243,7 @@ def load_prompts(rows, policy, settings, split, reward):
     for number in tqdm(range(len(rows)), desc=f"{split}: reading", leave=False):
         example = make_example(number, rows[number], gold, pairs, policy.tokenizer, settings)
         if example.prompt and 0 < len(example.ids) <= min(settings.max_prompt_tokens or room, room):
-            if not isinstance(reward, RewardModel) or reward.fits(example, settings.max_new_tokens):
+            if not hasattr(reward, "fits") or reward.fits(example, settings.max_new_tokens):
                 examples.append(example)
     print(f"{split}: {len(examples)} prompts; {len(rows) - len(examples)} left out, empty or too long")
     refuse_if(not examples, f"--dataset {settings.dataset}: every prompt of {split} is empty or too long")
@@ -1246,14 +1255,13 @@ def make_example(number, row, gold_column, needs_pair, tokenizer, settings):
 
     The policy reads text as it is, and messages through its tokenizer's chat template.
     """
-    prompt = without_nulls(row.pop("prompt"))
-    row |= {name: without_nulls(row[name]) for name in ("tools",) if name in row}
+    prompt = plain_messages(row.pop("prompt"))
+    row |= {name: plain_messages(row[name]) for name in ("tools",) if name in row}
     gold = pair = None
     if isinstance(prompt, str) and gold_column and is_messages(row[gold_column]):
         prompt = [{"role": "user", "content": prompt}]  # answers are messages, so the prompt is one too
-    text = prompt
-    if not isinstance(prompt, str):
-        text = chat(tokenizer, prompt, f"--dataset row {number + 1}, --model", row.get("tools"))
+    at = f"--dataset row {number + 1}, --model"
+    text = prompt if isinstance(prompt, str) else chat(tokenizer, prompt, at, row.get("tools"))
     ids = encode(tokenizer, text)
     if gold_column and row[gold_column] is not None:
         # Special tokens are taken off the text of an output, too.
@@ -1266,19 +1274,21 @@ def make_example(number, row, gold_column, needs_pair, tokenizer, settings):
         for name in ("chosen", "rejected"):
             answer = answer_text(prompt, row[name])
             own = encode(tokenizer, text + answer)
-            if own[: len(ids)] == ids:
-                own = own[len(ids) :]
-            else:  # the tokenizer joins letters across the boundary, which the policy could not do
-                own = tokenizer(answer, add_special_tokens=False).input_ids
+            alone = tokenizer(answer, add_special_tokens=False).input_ids
+            # Unless the tokenizer joins letters across the boundary, which the policy could not do.
+            own = own[len(ids) :] if own[: len(ids)] == ids else alone
             pair.append(torch.tensor((own + [tokenizer.eos_token_id])[: settings.max_new_tokens]))
     return Example(number, prompt, torch.tensor(ids), gold, pair, columns=row)
 
 
-def without_nulls(value):
-    """Messages or tools without the keys that are null: `datasets` fills in those that a message lacks."""
-    if isinstance(value, dict):
-        return {key: without_nulls(x) for key, x in value.items() if x is not None}
-    return list(map(without_nulls, value)) if isinstance(value, list) else value
+def plain_messages(x):
+    """Messages or tools without the keys that are null: `datasets` fills in those that a message lacks.
+    Content that is a list of text parts becomes their text."""
+    if isinstance(x, dict):
+        return {key: plain_messages(value) for key, value in x.items() if value is not None}
+    if x and isinstance(x, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in x):
+        return "".join(part["text"] for part in x)
+    return list(map(plain_messages, x)) if isinstance(x, list) else x
 
 
 def is_messages(value):
@@ -1295,10 +1305,9 @@ def answer_text(prompt, answer):
     """An answer of the data as an output would continue its prompt: a space goes before it, unless the
     prompt ends or the answer begins with white space."""
     if is_messages(answer):
-        answer = answer[-1]["content"] or ""  # the last message is the reply
-    if isinstance(prompt, str) and answer and not prompt[-1:].isspace() and not answer[0].isspace():
-        return " " + answer
-    return answer
+        answer = plain_messages(answer)[-1].get("content", "")  # the last message is the reply
+    apart = not isinstance(prompt, str) or prompt[-1:].isspace() or answer[:1].isspace()
+    return answer if apart or not answer else " " + answer
 
 
 def split_pair(row):
@@ -1358,10 +1367,9 @@ def load_splits(s):
     splits = {}
     for split, own in names.items():
         if own is None:
-            distinct = sorted(set(map(str, splits["train"]["prompt"])))
-            refuse_if(len(distinct) < 3, f"--dataset {s.dataset}: has {len(distinct)} prompts; it takes 3")
-            tenth = math.ceil(len(distinct) / 10)
-            held = {distinct[i] for i in random_subset(len(distinct), min(1000, tenth), 0)}
+            known = sorted(set(map(str, splits["train"]["prompt"])))
+            refuse_if(len(known) < 3, f"--dataset {s.dataset}: has {len(known)} prompts; it takes 3")
+            held = {known[i] for i in random_subset(len(known), min(1000, math.ceil(len(known) / 10)), 0)}
             splits[split] = splits["train"].filter(lambda row: str(row["prompt"]) in held)
             splits["train"] = splits["train"].filter(lambda row: str(row["prompt"]) not in held)
             print(f"{split}: not in the data; {len(held)} prompts of train are held out for it")
@@ -1374,12 +1382,10 @@ def load_splits(s):
 def check_rows(rows, at, method, split):
     """Rows with a column `prompt`, taken from a pair where there is none. For --method dpo, what the answers
     of a pair have in common is also moved to the prompt. UserError names the first row without text."""
-    pairs = METHODS[method].source == "data"
-    names = ["prompt", "chosen", "rejected"] if pairs and split == "train" else ["prompt"]
-    columns = set(rows.column_names)
+    columns, pairs = set(rows.column_names), METHODS[method].source == "data"
     split_them = {"chosen", "rejected"} <= columns and (pairs or "prompt" not in columns)
-    if split_them and "prompt" not in columns:
-        names = ["chosen", "rejected"]
+    names = [] if split_them and "prompt" not in columns else ["prompt"]
+    names += ["chosen", "rejected"] if split_them or (pairs and split == "train") else []
     for name in names:
         refuse_if(name not in columns, f"{at} has no column {name}, only {rows.column_names}")
         with library_errors(at, ""):  # text that is not UTF-8
@@ -1453,14 +1459,9 @@ def evaluate(drawn, reward, settings, answers=None):
 
 CACHED = ("reward", "log_p", "log_q_proposal", "alpha_hat")  # the numbers of an output in samples.jsonl
 LOGS = ("metrics.jsonl", "samples.jsonl", "validation_outputs.jsonl", "test_outputs.jsonl")
-PANELS = {  # of report.png: title, and the metrics that it shows
-    "The gap: a lower bound of KL(policy || posterior), nats": ["elbo", "log_evidence"],
-    "Divergence on held-out prompts, and training loss, nats": ["self_normalized_kl", "loss"],
-    "Win-rate of the policy against the gold answers, %": ["win_rate"],
-    "Reward of the policy, and its KL to the prior": ["reward", "kl_to_prior"],
-    "Effective sample sizes of the updates (at most n)": ["ess_alpha", "ess_beta"],
-    "Share of the stored outputs that ended by themselves": ["ended"],
-}
+# The metrics in each panel of report.png. The first two are bounds, whose gap is at most KL(policy ||
+# posterior), in expectation.
+PANELS = "elbo log_evidence,self_normalized_kl loss,win_rate,reward kl_to_prior,ess_alpha ess_beta,ended"
 
 
 def save_policy(policy, directory):
@@ -1499,19 +1500,22 @@ class Run:
         digest = hashlib.sha256(repr(known).encode()).hexdigest()
         before = json.loads((self.path / "config.json").read_text()) if settings.resume else {}
         refuse_if(before.get("data", digest) != digest, "--resume: the prompts have changed; restore them")
-        if settings.overwrite:
-            shutil.rmtree(self.path / "checkpoint", ignore_errors=True)
-            shutil.rmtree(self.path / "model", ignore_errors=True)
         (self.path / "checkpoint").mkdir(parents=True, exist_ok=True)
+        # Two runs must not write here at once. The lock ends with its process, also if that is killed.
+        self.lock = filelock.FileLock(self.path / "checkpoint" / "lock", is_singleton=True)
+        with library_errors(f"--output-dir {self.path}: another run writes to it", ""):
+            self.lock.acquire(blocking=False)
+        if settings.overwrite:
+            (self.path / "checkpoint" / "state.pt").unlink(missing_ok=True)
+            shutil.rmtree(self.path / "model", ignore_errors=True)
         config = dataclasses.asdict(settings) | {x.__name__: x.__version__ for x in (torch, transformers, np)}
         config["data"] = digest
         (self.path / "unfinished.json").write_text(json.dumps(config, indent=1) + "\n")
         (self.path / "unfinished.json").replace(self.path / "config.json")
-        print(f"run: {self.path}", flush=True)
         self.k = settings.updates_per_iteration
-        self.done = 0  # updates that the checkpoint has
         self.buffer = []  # D_t, for the checkpoint; `train` has its own list of the same Samples
-        self.kept, self.best = 0, -math.inf  # the update whose policy is kept, and its score
+        # Updates that the checkpoint has; the update whose policy is kept, and its score.
+        self.done, self.kept, self.best = 0, 0, -math.inf
 
     # ---- what `train` calls
 
@@ -1536,10 +1540,10 @@ class Run:
     def collect(self, t, rows, draw):
         """The Samples of round t, by draw(rows) for some indices of prompts at a time, or those of the
         checkpoint."""
-        if any(samples.iteration == t for samples in self.buffer):
-            return [samples for samples in self.buffer if samples.iteration == t]
+        drawn = [samples for samples in self.buffer if samples.iteration == t]
+        if drawn:
+            return drawn
         bar = tqdm(in_groups(rows, self.settings.prompts_per_forward), f"round {t}, sampling", leave=False)
-        drawn = []
         for samples in (x for group in bar for x in draw(group)):  # each is written when it is drawn
             texts = {"output": samples.texts, "output_ids": [ids.tolist() for ids in samples.outputs]}
             columns = texts | {name: getattr(samples, name).tolist() for name in CACHED}
@@ -1601,16 +1605,15 @@ class Run:
 
     def evaluate(self, step, split="validation"):
         """A line of metrics, and one on the screen. On validation, the best policy is kept."""
-        settings, data = self.settings, self.data[split]
-        draw = functools.partial(draw_held_out, self.policy, self.reward, data, settings)
-        drawn = draw("policy")
-        answers = draw("greedy") if settings.greedy else drawn
-        metrics, lines = evaluate(drawn, self.reward, settings, answers)
+        s, data = self.settings, self.data[split]
+        drawn = draw_held_out(self.policy, self.reward, data, s, "policy")
+        answers = draw_held_out(self.policy, self.reward, data, s, "greedy") if s.greedy else None
+        metrics, lines = evaluate(drawn, self.reward, s, answers)
         if split == "validation":
-            divergences = [held_out_divergence(self.policy, samples, settings) for samples in self.held_out]
+            divergences = [held_out_divergence(self.policy, samples, s) for samples in self.held_out]
             metrics["self_normalized_kl"] = float(np.mean(divergences))
-            score = metrics.get(settings.select_by, metrics["elbo"])  # elbo if no prompt evaluated has gold
-            score = -score if settings.select_by == "self_normalized_kl" else score
+            score = metrics.get(s.select_by, metrics["elbo"])  # elbo if no prompt evaluated has gold
+            score = -score if s.select_by == "self_normalized_kl" else score
             if score >= self.best:  # on a tie the later one wins
                 self.best, self.kept = score, step
                 self.save("best.pt", step=step)
@@ -1623,24 +1626,28 @@ class Run:
         return metrics
 
     def report(self):
-        """report.png: what to watch, over updates. It is the last file of a run that is written."""
+        """report.png: what to watch, over updates. It is the last file of a run that is written. Prints how
+        far the policy that is kept has come since update 0."""
         import matplotlib.pyplot as plt
         import pandas
 
         lines = pandas.read_json(self.path / "metrics.jsonl", lines=True).set_index("step")
-        evaluations = lines[lines["split"] == "validation"]
-        rounds = range(0, self.k * self.settings.iterations + 1, self.k)
+        evaluations = lines[lines["split"] == "validation"].copy()
         figure, axes = plt.subplots(2, 3, figsize=(16, 9), layout="constrained")
-        for axis, (title, names) in zip(axes.flat, PANELS.items()):
+        for axis, title in zip(axes.flat, PANELS.split(",")):
             # These are known at each update, the others at each evaluation: there, the reward and kl_to_prior
-            # of an update are those of stored outputs. A dot is a measurement. Grid lines mark rounds.
-            shown = lines if names[-1] in ("loss", "ess_beta", "ended") else evaluations
-            for name in names:
-                look = {"grid": True, "marker": ".", "style": "--" if name == "log_evidence" else "-"}
-                shown.reindex(columns=[name]).dropna().plot(ax=axis, title=title, xticks=rounds, **look)
+            # of an update are those of stored outputs. A dot is a measurement.
+            shown = lines if title.endswith(("loss", "ess_beta", "ended")) else evaluations
+            for name in title.split():
+                shown.reindex(columns=[name]).dropna().plot(ax=axis, title=title, grid=True, marker=".")
             axis.axvline(self.kept, color="black", linestyle=":", label=f"kept: update {self.kept}")
             axis.legend()
         figure.savefig(self.path / "report.png", dpi=100)
+        evaluations["the gap log_evidence - elbo"] = evaluations["log_evidence"] - evaluations["elbo"]
+        for name in ("the gap log_evidence - elbo", "self_normalized_kl"):
+            first, kept = evaluations[name][[0, self.kept]]
+            share = f": {1 - kept / first:.0%} closed" if first > 0.001 else ""
+            print(f"{name} on validation went from {first:.3f} to {kept:.3f} nats{share}")
 
 
 # ------------------------------------------------------------------------------------------
@@ -1687,6 +1694,7 @@ class Settings:
     model: str = setting("toy", "toy, or a causal LM or LoRA adapter: hub name or directory")
     base_model: str | None = setting(None, "for an adapter: its base, if the one that it names is not wanted")
     tokenizer: str | None = setting(None, "if the model comes without one; else it is not used")
+    trust_remote_code: bool = setting(False, "run the code that a model or reward model brings")
     # the reward
     reward_model: str | None = setting(None, "sequence classifier, or a bare checkpoint (with --reward-base)")
     reward_base: str | None = setting(None, "the model that a bare checkpoint was trained from")
@@ -1829,29 +1837,31 @@ def load_model_and_reward(s):
     base, adapter = s.model, find(s.model, "adapter_config.json")
     refuse_if(s.base_model and not adapter, f"--base-model: {s.model} is not an adapter; leave it out")
     if adapter:
-        base = s.base_model or json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+        config = json.loads(Path(adapter).read_text())
+        base = s.base_model or config["base_model_name_or_path"]
         refuse_if(not base, f"--base-model: missing; the adapter {s.model} does not name its base")
-    dtype = getattr(torch, s.dtype)
+        # q_theta becomes a copy of it. peft cannot hold two that have virtual tokens or change biases.
+        odd = {"num_virtual_tokens", "adapter_len"} & {*config} or config.get("bias", "none") != "none"
+        refuse_if(odd, f"--model {s.model}: has virtual tokens or trained biases; give a LoRA without them")
+    options = {"dtype": getattr(torch, s.dtype), "trust_remote_code": s.trust_remote_code}
     with library_errors("--base-model" if adapter else "--model", base):
-        context = context_of(transformers.AutoConfig.from_pretrained(base, trust_remote_code=False))
+        context = context_of(transformers.AutoConfig.from_pretrained(base, **options))
     refuse_if(s.max_new_tokens >= context, f"--max-new-tokens: leaves no room in a context of {context}")
-    tokenizer = load_tokenizer(s.model, s.tokenizer or base, "--model")
+    tokenizer = load_tokenizer(s.model, s.tokenizer or base, "--model", s.trust_remote_code)
     refuse_if(tokenizer.eos_token_id is None, f"--model {s.model}: its tokenizer has no eos_token")
     splits = load_splits(s)
     if s.reward_function:
         reward = RewardFunction.from_file(s.reward_function)
     else:
         names = (s.reward_model, s.reward_base, s.reward_template)
-        reward = RewardModel.from_pretrained(*names, tokenizer, s.reward_label, dtype)
+        reward = RewardModel.from_pretrained(*names, tokenizer, s.reward_label, **options)
         reward.model.to(s.device)
-        if reward.label is not None:
-            s.goodness = s.goodness or "logistic"  # section 5: the log-odds of a label are a logit
-    arguments = {"dtype": dtype, "device_map": {"": s.device}}
+    options["device_map"] = {"": s.device}
     if s.load_in_4bit:
-        options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        arguments["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
-    model = load_model(transformers.AutoModelForCausalLM, base, "--model", **arguments)
-    print(f"model: {base}, {model.num_parameters():,} parameters, {dtype}, on {s.device}")
+        bits = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": options["dtype"]}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **bits)
+    model = load_model(transformers.AutoModelForCausalLM, base, "--model", **options)
+    print(f"model: {base}, {model.num_parameters():,} parameters, {options['dtype']}, on {s.device}")
     if adapter:
         import peft
 
@@ -1869,19 +1879,19 @@ def execute(s):
     if s.model == "toy":
         from toy.world import Toy  # it lists all its outputs, so its posterior is known exactly
 
-        torch.set_num_threads(1)  # its tensors are tiny: threads would only wait for each other
         toy = Toy(s.seed, s.dtype, s.goodness or "bradley-terry", length=s.max_new_tokens, beta=s.beta)
         policy, reward = Policy(toy.model, toy.tokenizer), RewardFunction(toy.world.reward_of, "toy")
         splits = toy.splits()
     else:
         policy, reward, splits = load_model_and_reward(s)
-    s.goodness = s.goodness or "bradley-terry"
+    # Section 5: the log-odds of a label are a logit.
+    s.goodness = s.goodness or ("bradley-terry" if getattr(reward, "label", None) is None else "logistic")
     data = {name: load_prompts(rows, policy, s, name, reward) for name, rows in splits.items()}
     has_gold = any(example.gold is not None for example in data["validation"])
     s.select_by = s.select_by or ("win_rate" if has_gold else "elbo")
     refuse_if(s.select_by == "win_rate" and not has_gold, "--select-by win_rate: there are no gold answers")
-    print(f"{s.iterations} rounds of {s.method}, beta {s.beta:g}, {s.goodness}; keeps best {s.select_by}")
     run = Run(s, reward, data)
+    print(f"{run.path}: {s.iterations} rounds of {s.method}, beta {s.beta:g}, {s.goodness}; by {s.select_by}")
     train(policy, reward, data["train"], s, run)
     run.kept = run.load("best.pt")["step"]
     metrics = run.evaluate(run.kept, "test")
@@ -1891,12 +1901,12 @@ def execute(s):
     run.report()
     kept = f"the policy of update {run.kept}" if run.kept else "the untrained prior, which no update beat"
     print(f"{run.path}: model/ is {kept}, by {s.select_by}")
+    print(f"to generate: transformers.pipeline('text-generation', '{run.path / 'model'}')('A prompt')")
 
 
 def main(argv=None):
     """-> exit code: 0; 2 for what the user can fix, with one line on stderr; 130 after an interrupt"""
     logging.disable(logging.ERROR)  # of other libraries. `load_model` refuses what matters in their warnings.
-    transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)  # libraries warn about each other's future
     s = Settings()
     try:

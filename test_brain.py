@@ -1422,7 +1422,7 @@ def test_what_is_read_is_what_was_written():
     assert brain.encode(two, "ab") == begin + two("ab", add_special_tokens=False).input_ids
     call, bare = {"f": {"x": 1, "y": None}, "id": None}, {"f": {"x": 1}}
     messages = [{"role": "user", "content": "q", "name": None, "tool_calls": [call, None]}]
-    assert brain.without_nulls(messages) == [{"role": "user", "content": "q", "tool_calls": [bare, None]}]
+    assert brain.plain_messages(messages) == [{"role": "user", "content": "q", "tool_calls": [bare, None]}]
     (example,) = prompts_of([{"prompt": "a", "label": " b<end>"}])
     assert example.gold == " b"
 
@@ -1904,10 +1904,10 @@ TEXTS = "base_model tokenizer reward_model reward_base reward_template reward_fu
 TEXTS += "dataset dataset_config dataset_train_split dataset_test_split output_dir select_by"
 DEFAULTS = dict.fromkeys((TEXTS + " max_prompt_tokens outputs_per_forward").split()) | dict(
     model="toy", method="brain", beta=1.0, resume=False, overwrite=False, seed=0, device="cpu",
-    dtype="float32", iterations=4, samples_per_prompt=32, prompts_per_iteration=1000, batch_size=8,
+    dtype="float32", iterations=4, trust_remote_code=False, samples_per_prompt=32, prompts_per_iteration=1000,
     updates_per_iteration=400, max_new_tokens=64, learning_rate=1e-5, lr_scheduler_type="linear",
     warmup_steps=0, weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.95, lora_rank=8, lora_alpha=32,
-    load_in_4bit=False, eval_prompts=128, eval_every=400, greedy=False, prompts_per_forward=4,
+    batch_size=8, load_in_4bit=False, eval_prompts=128, eval_every=400, greedy=False, prompts_per_forward=4,
 )  # fmt: skip
 EDGES = dict.fromkeys("seed iterations eval_prompts lora_rank warmup_steps".split(), 0) | dict.fromkeys((
     "prompts_per_iteration updates_per_iteration batch_size max_prompt_tokens max_new_tokens lora_alpha "
@@ -1941,7 +1941,7 @@ def test_what_is_typed_counts_before_companions_and_these_before_defaults(model,
         for words in ([f"--{name}", str(value)], [hyphens, str(value)], [f"{hyphens}={value}"]):
             found = vars(brain.parse([*start, *words]))
             assert found == expected and type(found[name]) is type(value), name
-    for name in ("overwrite", "load_in_4bit", "greedy"):
+    for name in ("overwrite", "load_in_4bit", "greedy", "trust_remote_code"):
         assert vars(brain.parse([*start, brain.flag(name)])) == before | {name: True}
     own = dict.fromkeys(("reward_model", "reward_base", "reward_template")) | dict(reward_function="f.py:f")
     if model == SFT:

@@ -1,6 +1,7 @@
 """Every method of the paper's tables, in worlds whose posterior is known: which one is nearest to it?
 
-    python -m toy.methods --figures DIR    tables, a verdict on each ordering of the paper, a picture
+    python -m toy.methods --figures DIR    tables, a verdict on each ordering of the paper, a picture, and
+                                           methods.json: the numbers of each reward, method, n and seed
     python -m toy.methods --quick          the same in a tiny world, to see that it runs
 
 At toy scale these are Tables 1 and 3, Figure 2 (n = 2 to 32 outputs per prompt), section 9.3 (no baseline)
@@ -26,6 +27,7 @@ A win-rate does not say which method is near the posterior. KL(posterior || poli
 
 import argparse
 import functools
+import json
 import multiprocessing
 import time
 from dataclasses import dataclass
@@ -344,7 +346,8 @@ def print_conclusion(plan, results):
 
 # --------------------------------------------------------------------------------- pictures
 def draw_methods(plan, results, path):
-    """Win-rate and KL(posterior || it) of each method, both rewards; vertical lines: prior and posterior."""
+    """Win-rate and KL(posterior || it) of each method, both rewards; vertical lines: prior and posterior.
+    `brain` stands out by color and size."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
@@ -353,12 +356,18 @@ def draw_methods(plan, results, path):
     for row, (reward, spread) in zip(axes, REWARDS.items()):
         for axis, number in zip(row, (WIN, KL_POSTERIOR)):
             mean, half = np.array([interval(results[reward, name, n][:, number]) for name in names]).T
-            axis.errorbar(mean, range(len(names)), xerr=half, fmt="o", color="black", capsize=3, ms=5)
+            for i, name in enumerate(names):
+                plain, bold = {"color": "0.35", "ms": 5}, {"color": "tab:red", "ms": 9, "lw": 2.5}
+                look = bold if name == "brain" else plain
+                axis.errorbar(mean[i], i, xerr=half[i], fmt="o", capsize=3, **look)
             for reference, line in (("prior", ":"), ("posterior", "--")):
                 value = results[reward, reference, n][:, number].mean()
                 axis.axvline(value, color="0.4", ls=line, label=reference)
             axis.grid(axis="y", color="0.9")
             axis.set(yticks=range(len(names)), yticklabels=names)
+            for label in axis.get_yticklabels():
+                if label.get_text() == "brain":
+                    label.set(color="tab:red", weight="bold")
             axis.set_title(f"{reward} reward (spread {spread:g}), n = {n}")
     axes[0, 0].legend(loc="lower left")
     axes[1, 0].set_xlabel("win-rate against the prior, %")
@@ -388,6 +397,8 @@ def main(argv=None):
     print_orderings(plan, results)
     if arguments.figures:
         draw_methods(plan, results, arguments.figures / "methods.png")
+        kept = {", ".join(map(str, key)): dict(zip(NUMBERS, x.T.tolist())) for key, x in results.items()}
+        (arguments.figures / "methods.json").write_text(json.dumps(kept, indent=1) + "\n")
     print_conclusion(plan, results)
     print(nothing + f"{time.perf_counter() - started:.0f} s")
 

@@ -552,38 +552,48 @@ def print_rates(plan, results):
             print(f"  {method:20}{cells}")
 
 
-def of_test(plan, results):
-    """{method: its runs on test topics}, in the order of the methods."""
-    ends = {"split": "test", "outputs": plan.checkpoints[-1]}
-    runs = [run for run in results["runs"] if ends.items() <= run.items()]
-    return {m: found for m in (*BRAIN, *TRL) if (found := [run for run in runs if run["method"] == m])}
+def of_test(results):
+    """{(method, learning rate, scored outputs): the runs on test topics, one for each seed}, in the order of
+    the methods and then of the outputs."""
+    found = {}
+    for run in sorted(results["runs"], key=lambda run: ((*BRAIN, *TRL).index(run["method"]), run["outputs"])):
+        if run["split"] == "test":
+            found.setdefault((run["method"], run["rate"], run["outputs"]), []).append(run)
+    return found
 
 
-def print_table(plan, results):
-    """Numbers of test topics after the last checkpoint, mean over seeds."""
+def longest(results):
+    """{method: its runs of most outputs on test topics}. A later one of as many replaces an earlier one."""
+    return {method: runs for (method, _, _), runs in of_test(results).items()}
+
+
+def print_table(results):
+    """Numbers of test topics at the end of the runs, mean over seeds."""
     rows = {"prior": [results["prior"]]}
-    rows |= {method: [run["end"] for run in runs] for method, runs in of_test(plan, results).items()}
+    for (method, rate, outputs), runs in of_test(results).items():
+        rows[f"{method}, {outputs} outputs, rate {rate:g}"] = [run["end"] for run in runs]
     rows |= {"exact posterior": [results["posterior"]]}
-    print(f"\nTest topics after {plan.checkpoints[-1]} scored outputs, means over seeds and prompts, nats")
-    print(f"  {'':18}{'seeds':>6}" + "".join(f"{name:>19}" for name in NAMES.values()))
+    print("\nTest topics at the end of the runs, means over seeds and prompts, nats")
+    print(f"  {'':48}{'seeds':>6}" + "".join(f"{name:>19}" for name in NAMES.values()))
     for row, ends in rows.items():
         cells = [f"{np.mean([end[name][0] for end in ends]):.3f}" for name in NAMES]
-        print(f"  {row:18}{len(ends):>6}" + "".join(f"{cell:>19}" for cell in cells))
+        print(f"  {row:48}{len(ends):>6}" + "".join(f"{cell:>19}" for cell in cells))
     print("\nKL(posterior||policy), mean over seeds ± standard error over prompts; the same by rejection")
-    for method, runs in of_test(plan, results).items():
+    for (method, rate, outputs), runs in of_test(results).items():
+        print(f"  {method}, run of {outputs} outputs, rate {rate:g}")
         for points in zip(*(run["points"] for run in runs)):
             mean = {x: np.mean([p[x] for p in points], 0) for x in ("kl_posterior", "kl_posterior_rejection")}
             cells = "   ".join(told(pair) for pair in mean.values())
             seconds = np.mean([point["seconds"] for point in points])
-            print(f"  {method:18}{points[0]['outputs']:>7} outputs {seconds:>7.0f} s   {cells}")
+            print(f"  {points[0]['outputs']:>7} outputs {seconds:>7.0f} s   {cells}")
 
 
-def print_examples(plan, results):
+def print_examples(results):
     print("\nThe first three test prompts: first output of the prior, of each method, of the exact posterior")
     for i, prompt in enumerate(results["examples"]):
         print(f"  {prompt['prompt']}")
         lines = {"prior": prompt["prior"]}
-        lines |= {method: runs[0]["first_outputs"][i] for method, runs in of_test(plan, results).items()}
+        lines |= {method: runs[0]["first_outputs"][i] for method, runs in longest(results).items()}
         for name, (text, reward) in (lines | {"exact posterior": prompt["posterior"]}).items():
             print(f"    {name:18}{reward:>6.2f}  {text!r}")
 
@@ -597,15 +607,16 @@ def examples(truth):
     return found
 
 
-def draw_picture(plan, results, path):
-    """KL(posterior || policy) over scored outputs and over seconds: means over seeds, `brain` in front."""
+def draw_picture(results, path):
+    """KL(posterior || policy) over scored outputs and over seconds, in the longest runs of each method: means
+    over seeds, `brain` in front."""
     import matplotlib.pyplot as plt
 
     plt.switch_backend("agg")
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     start = results["prior"]["kl_posterior"][0]
     colors = dict(zip((*BRAIN, *TRL), plt.get_cmap("tab10").colors))
-    for method, runs in of_test(plan, results).items():
+    for method, runs in longest(results).items():
         points = list(zip(*(run["points"] for run in runs)))
         mean = [start] + [np.mean([point["kl_posterior"][0] for point in at]) for at in points]
         look = {"color": colors[method], "marker": "o", "ms": 4, "lw": 1.2, "label": method}
@@ -713,9 +724,9 @@ def execute(arguments, plan):
     compare(arguments, plan, path, do)
     results = read(path)
     print_rates(plan, results)
-    print_table(plan, results)
-    print_examples(plan, results)
-    draw_picture(plan, results, arguments.figures / "real.png")
+    print_table(results)
+    print_examples(results)
+    draw_picture(results, arguments.figures / "real.png")
 
 
 def main(argv=None):

@@ -243,8 +243,10 @@ def test_the_whole_comparison_is_what_was_measured(packages, model, tmp_path, ca
         final = [run for run in runs if run["method"] == method and run["split"] == "test"]
         assert [(run["rate"], run["seed"]) for run in final] == [(best, seed) for seed in QUICK.seeds]
         assert [point["outputs"] for point in final[0]["points"]] == list(QUICK.checkpoints)
-        cells = next(line for line in table if line.split()[:1] == [method]).split()
-        for name, cell in zip(real.NAMES, cells[2:]):
+        row = f"  {method}, {QUICK.checkpoints[-1]} outputs, rate {best:g} "
+        cells = next(line for line in table if line.startswith(row)).removeprefix(row).split()
+        assert int(cells[0]) == len(QUICK.seeds)
+        for name, cell in zip(real.NAMES, cells[1:], strict=True):
             mean = np.mean([run["end"][name][0] for run in final])
             assert float(cell) == pytest.approx(mean, abs=0.0006, nan_ok=True), (method, name)
     stored = torch.load(tmp_path / "draws-test.pt", weights_only=True)

@@ -202,6 +202,7 @@ class Toy:
     def __init__(self, seed=0, dtype="float32", goodness="bradley-terry", beta=1.0, **size):
         import torch
 
+        torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
         self.world = World(seed=seed, **size)
         self.model, self.tokenizer = tiny_gpt2(self.world, seed, dtype=getattr(torch, dtype))
         self.log_p = self.world.log_probs(self.model)
