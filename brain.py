@@ -743,10 +743,9 @@ class Policy:
         its tokens and the reward of its text. With `outputs_per_forward` the outputs go in chunks, and the
         backward computes each chunk again, so that only one chunk's activations exist at a time.
         """
-        prompt = prompt_ids.to(self.device)[None]  # (1, P)
         chunks = in_groups(outputs, self.outputs_per_forward or len(outputs))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not prior), self._using(prior) as model:
-            score = functools.partial(self._score, model, prompt)
+            score = functools.partial(self._score, model, prompt_ids.to(self.device)[None])
             if len(chunks) > 1 and torch.is_grad_enabled():  # the backward, outside `_using`, runs it again
                 score = functools.partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
             return torch.cat([score(chunk) for chunk in chunks])
@@ -1150,8 +1149,7 @@ class RewardModel:
         logits = torch.cat(logits).float().cpu()  # (n, labels)
         rewards = logits[:, self.label or 0]
         if self.label is not None and self.model.config.problem_type != "multi_label_classification":
-            others = [i for i in range(logits.shape[1]) if i != self.label]
-            rewards = rewards - logits[:, others].logsumexp(-1)
+            rewards = rewards - logits[:, torch.arange(logits.shape[1]) != self.label].logsumexp(-1)
         refuse_if(not rewards.isfinite().all(), "--reward-model: gave nan or inf; try --dtype float32")
         return rewards
 
@@ -1388,8 +1386,8 @@ def check_rows(rows, at, method, split):
     names += ["chosen", "rejected"] if split_them or (pairs and split == "train") else []
     for name in names:
         refuse_if(name not in columns, f"{at} has no column {name}, only {rows.column_names}")
-        with library_errors(at, ""):  # text that is not UTF-8
-            values = list(rows[name])
+        with library_errors(at, name):  # text that is not UTF-8; dates, bytes or nan, which no log could hold
+            values = json.loads(json.dumps(list(rows[name]), allow_nan=False))
         for i, value in enumerate(values):
             refuse_if(not is_text(value), f"{at}, row {i + 1}: {name} is not text or messages: {value!s:.40}")
     return rows.map(split_pair) if split_them else rows
@@ -1534,6 +1532,9 @@ class Run:
         self.done, self.kept, self.best = state["step"], state["kept"], state["best"]
         examples = {example.row: example for example in self.data["train"]}
         self.buffer = [Samples(**x | {"example": examples[x["example"]]}) for x in state["samples"]]
+        left = {path.name: path.stat().st_size for path in self.path.iterdir()}
+        cut = [name for name, size in state["sizes"].items() if left.get(name, -1) < size]
+        refuse_if(cut, f"--resume: {', '.join(cut)} in {self.path} cut or missing; restore, or --overwrite")
         for name, size in state["sizes"].items():
             os.truncate(self.path / name, size)
 
@@ -1794,8 +1795,7 @@ def settings_of_run(typed):
     above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     # A file in its place lacks X_OK.
     refuse_if(not os.access(above, os.W_OK | os.X_OK), f"--output-dir {path}: cannot be written to")
-    config = path / "config.json"
-    before = json.loads(config.read_text()) if config.is_file() else {}
+    before = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
     is_run = "samples_per_prompt" in before  # a saved model has a config.json, too
     refuse_if(typed.resume and not is_run, f"--resume: {path} holds no run; give the --output-dir of one")
     if typed.output_dir and path.exists() and any(path.iterdir()):

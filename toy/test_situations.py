@@ -157,9 +157,36 @@ def test_a_directory_belongs_to_one_run_at_a_time(home, capsys):
     assert brain.main([*flags(), "--resume"]) == 0
 
 
+def test_a_damaged_run_is_refused(home, capsys):
+    """A log that is shorter than the checkpoint remembers, or missing; no log is touched. Wrong: a log filled
+    up with zeros, a JSON error at the end, another log cut before this one is refused."""
+    logs = lambda: {name: x for name, x in tree(home / "run").items() if name.suffix == ".jsonl"}  # noqa: E731
+    assert brain.main(flags()) == 0
+    for name, left in (("validation_outputs.jsonl", 5), ("samples.jsonl", 0), ("metrics.jsonl", None)):
+        text = (home / "run" / name).read_text()
+        (home / "run" / name).unlink() if left is None else (home / "run" / name).write_text(text[:left])
+        before = logs()
+        refused([*flags(), "--resume"], capsys, f"--resume: {name} in run cut or missing", "--overwrite")
+        assert logs() == before
+        (home / "run" / name).write_text(text)
+    assert brain.main([*flags(), "--resume"]) == 0
+
+
+def test_messages_that_no_log_could_hold_are_refused(home, capsys):
+    """Before anything is loaded or sampled. Wrong: a TypeError of json when the first samples are written."""
+    import datetime
+
+    for odd in (datetime.date(2024, 1, 1), b"x", float("nan")):
+        prompts = [[{"role": "user", "content": " a", "extra": odd}]] * 4
+        dataset_of([{"prompt": prompt, "label": " b"} for prompt in prompts]).to_parquet(home / "d.parquet")
+        argv = ["d.parquet" if word == "d.jsonl" else word for word in flags()]
+        refused(argv, capsys, "--dataset d.parquet: split train prompt: ", "JSON")
+    assert not (home / "run").exists()
+
+
 def test_a_run_ends_with_words(home, capsys):
-    """How far the kept policy has come since update 0, and code that generates from it. Wrong: the last policy
-    for the kept one; the line of test."""
+    """How far the kept policy has come since update 0, and code that generates from it. Wrong: the last
+    policy for the kept one; the line of test."""
     capsys.readouterr()
     assert brain.main([*flags(), "--learning-rate", "0.05"]) == 0
     *_, gap, divergence, kept, code = capsys.readouterr().out.splitlines()
@@ -184,8 +211,8 @@ class Own(transformers.GPT2LMHeadModel):
 
 
 def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(home, capsys):
-    """Of the policy and of the reward model. Wrong: the class of that name in transformers, silently; the flag
-    not in config.json."""
+    """Of the policy and of the reward model. Wrong: the class of that name in transformers, silently; the
+    flag not in config.json."""
     (home / "model/own.py").write_text(OWN_CODE)
     config = json.loads((home / "model/config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "own.Own"}
