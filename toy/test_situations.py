@@ -21,7 +21,7 @@ from test_brain import (
     reply, tiny, tree,
 )  # fmt: skip
 
-CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
+TURNS = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_an_error_of_a_reward_function_keeps_its_traceback(home):
 def test_text_parts_are_text():
     """In prompts and answers. Wrong: a list in the place of text; the types of a schema read as parts."""
     tokenizer = byte_pairs(specials=BOTH)
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = TURNS
     parts = lambda *texts: [{"type": "text", "text": text} for text in texts]  # noqa: E731
     made = lambda prompt, answer: brain.make_example(  # noqa: E731
         0, {"prompt": prompt, "label": answer}, "label", False, tokenizer, data_settings()
@@ -236,3 +236,44 @@ def test_code_that_comes_with_a_model_runs_only_if_it_is_trusted(home, capsys):
     (home / "reward/config.json").write_text(json.dumps(config))
     with pytest.raises(brain.UserError, match="--reward-model .*reward: brings code; --trust-remote-code"):
         brain.RewardModel.from_pretrained(str(home / "reward"))
+
+
+def test_the_columns_of_a_prompt_count_for_what_fits():
+    """A reward model that also reads the tools of a row. Wrong: a row that fits only without them is kept, and
+    the run dies when it is scored."""
+    tokenizer = byte_pairs(specials=BOTH)
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + TURNS
+    reward = brain.RewardModel(classifier("llama", tokenizer, max_position_embeddings=64), tokenizer)
+    columns = {"tools": [{"type": "function", "function": {"name": "a" * 50}}]}
+    bare, full = (
+        brain.Example(0, [{"role": "user", "content": "abc"}], torch.tensor([4]), None, None, more)
+        for more in ({}, columns)
+    )
+    assert reward.fits(bare, 3) and not reward.fits(full, 3)
+
+
+def test_an_adapter_of_an_unknown_architecture_is_on_layers_of_every_linear_kind(monkeypatch):
+    """Also on the Conv1D of a GPT-2. Wrong: only torch's Linear; the output layer."""
+    import peft.utils
+
+    monkeypatch.delitem(peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "gpt2")
+    found = {name.split(".lora_")[0].split(".")[-1] for name in brain.Policy(tiny(), letters(), 2).parameters()}
+    assert found == {"c_attn", "c_proj", "c_fc"}
+
+
+def test_an_untrained_policy_that_nothing_beat_is_said_to_be_one(home, capsys):
+    """Wrong: "the policy of update 0", which reads like a trained one."""
+    assert brain.main([*flags(), "--learning-rate", "30", "--select-by", "elbo"]) == 0
+    assert "model/ is the untrained prior, which no update beat, by elbo" in capsys.readouterr().out
+    assert jsonl(home / "run/metrics.jsonl")[-1]["step"] == 0  # the one that is tested
+
+
+def test_what_a_library_says_is_its_cause_in_one_line():
+    """Wrong: "error in loading", without the reason that was raised first; lines of a traceback."""
+    with pytest.raises(brain.UserError) as caught:
+        with brain.library_errors("--model", "m"):
+            try:
+                raise OSError("the disk\n  is gone")
+            except OSError as error:
+                raise ValueError("could not load") from error
+    assert str(caught.value) == "--model m: the disk is gone"
