@@ -986,7 +986,7 @@ def load_model(kind, name, flag_name, trust_remote_code=False, **options):
     fill them with random numbers. So is one that brings code of its own that is not trusted, because
     transformers would take its own class instead, if it has one of the same name."""
     config = find(name, "config.json")
-    own = config and "auto_map" in json.loads(Path(config).read_text())
+    own = config and '"auto_map"' in Path(config).read_text()
     refuse_if(own and not trust_remote_code, f"{flag_name} {name}: brings code; --trust-remote-code runs it")
     source = None if "state_dict" in options else name
     # Parameters of another size are listed in `info`, and refused below.
@@ -1894,7 +1894,7 @@ def execute(s):
     s.select_by = s.select_by or ("win_rate" if has_gold else "elbo")
     refuse_if(s.select_by == "win_rate" and not has_gold, "--select-by win_rate: there are no gold answers")
     run = Run(s, reward, data)
-    print(f"{run.path}: {s.iterations} rounds of {s.method}, beta {s.beta:g}, {s.goodness}; by {s.select_by}")
+    print(f"{run.path}: {s.method}, {s.iterations} rounds, beta {s.beta:g}, {s.goodness}, best by {s.select_by}")
     train(policy, reward, data["train"], s, run)
     run.kept = run.load("best.pt")["step"]
     metrics = run.evaluate(run.kept, "test")
