@@ -1894,7 +1894,7 @@ def execute(s):
     s.select_by = s.select_by or ("win_rate" if has_gold else "elbo")
     refuse_if(s.select_by == "win_rate" and not has_gold, "--select-by win_rate: there are no gold answers")
     run = Run(s, reward, data)
-    print(f"{run.path}: {s.method}, {s.iterations} rounds, beta {s.beta:g}, {s.goodness}, best by {s.select_by}")
+    print(f"{run.path}: {s.method}, {s.iterations} rounds, beta {s.beta:g}, {s.goodness}, best {s.select_by}")
     train(policy, reward, data["train"], s, run)
     run.kept = run.load("best.pt")["step"]
     metrics = run.evaluate(run.kept, "test")
